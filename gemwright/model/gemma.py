@@ -1,0 +1,205 @@
+"""The Gemma 2 architecture in one sitting (arXiv 2408.00118, section 2).
+
+Module names equal the keys of a Hugging Face checkpoint, so loading is the identity. The order of operations is that
+of Google's two code bases: embeddings scaled by sqrt(d_model) rounded to the activation's dtype; RMSNorm before AND
+after attention and feed-forward, in fp32, with weight 1 + w; RoPE on halves; soft-caps on attention and logits.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gemwright.device import can_compile
+from gemwright.model import head
+from gemwright.model.attention import Places, attend
+from gemwright.model.cache import KVCache, LayerCache
+from gemwright.model.config import Attention, GemmaConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + w), in fp32, cast once at the end: adding 1 in bf16 would round large weights."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        """Normalise over the last axis."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * (1.0 + self.weight.float())).to(x.dtype)
+
+
+def rotary(position: Int[Tensor, "B T"], size: int, theta: float) -> Float[Tensor, "2 B T 1 K"]:
+    """Cosines and sines of every position's angles, in fp32 (bf16 cannot hold a position beyond 256)."""
+    frequencies = theta ** (-torch.arange(0, size, 2, device=position.device, dtype=torch.float32) / size)
+    angles = position[..., None].float() * frequencies
+    angles = torch.cat((angles, angles), -1)[:, :, None]
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Float[Tensor, "B T H K"], turn: Float[Tensor, "2 B T 1 K"]) -> Float[Tensor, "B T H K"]:
+    """RoPE: turn the pairs (i, i + K/2), halves split as in the checkpoints; fp32, then back."""
+    first, second = x.float().chunk(2, -1)
+    turned = torch.cat((-second, first), -1)
+    return (x.float() * turn[0] + turned * turn[1]).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention, local or global; no biases, no norm on queries and keys (that is Gemma 3)."""
+
+    def __init__(self, config: GemmaConfig, kind: Attention) -> None:
+        super().__init__()
+        width, size = config.d_model, config.head_dim
+        self.q_proj = nn.Linear(width, config.num_heads * size, bias=False)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
+        self.v_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * size, width, bias=False)
+        self.head_dim = size
+        self.scale = config.query_scale
+        self.cap = config.attn_softcap
+        self.window = config.window if kind is Attention.LOCAL else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        turn: Float[Tensor, "2 B T 1 K"],
+        places: Places,
+        cache: LayerCache | None,
+    ) -> Float[Tensor, "B T D"]:
+        """Attend within `x`, and to what `cache` remembers of earlier calls."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, turn), rotate(k, turn)
+        keys = places
+        if cache is not None:
+            k, v, keys = cache.extend(k, v, places)
+        out = attend(q, k, v, places, keys, scale=self.scale, cap=self.cap, window=self.window)
+        return self.o_proj(out.flatten(2))
+
+
+class FeedForward(nn.Module):
+    """GeGLU: gelu (tanh form) of one projection times the other, then down."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Apply to every position."""
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each normed before and after, each added to the residual stream."""
+
+    def __init__(self, config: GemmaConfig, kind: Attention) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config, kind)
+        self.mlp = FeedForward(config)
+        # The checkpoint's names. In Gemma 2 "post_attention" is a norm on attention's OUTPUT, before the addition.
+        self.input_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.pre_feedforward_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        turn: Float[Tensor, "2 B T 1 K"],
+        places: Places,
+        cache: LayerCache | None,
+    ) -> Float[Tensor, "B T D"]:
+        """One step of the residual stream."""
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), turn, places, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Backbone(nn.Module):
+    """Everything below the unembedding: the `model.` part of a checkpoint."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.pattern)
+        self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
+
+
+class Gemma(nn.Module):
+    """A Gemma 2 language model: token ids (B, T) in, capped fp32 logits (B, T, V) out."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh weights: normal with `init_std`, norms at w = 0. The report is silent; the choice is ours."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.init_std)
+            elif isinstance(module, RMSNorm):
+                nn.init.zeros_(module.weight)
+
+    @property
+    def unembedding(self) -> Float[Tensor, "V D"]:
+        """The head's weight, tied to the embedding table."""
+        return self.model.embed_tokens.weight
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "B T"],
+        places: Places | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The final hidden states, normed: what `head.logits` turns into logits.
+
+        Args:
+            places: positions and documents of a packed batch (`packed`). Without them a row is one document.
+            cache: keys and values of earlier calls, extended by this one; positions then go on where it stands.
+        """
+        if places is None:
+            start = cache.length if cache is not None else 0
+            position = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape)
+            places = Places(position, torch.zeros_like(ids))
+        x = self.model.embed_tokens(ids)
+        # The scale is rounded to the activation's dtype on purpose, as in Google's code: 59.75 for 9B in bf16.
+        x = x * torch.tensor(math.sqrt(self.config.d_model), dtype=x.dtype, device=x.device)
+        turn = rotary(places.position, self.config.head_dim, self.config.rope_theta)
+        for index, layer in enumerate(self.model.layers):
+            x = layer(x, turn, places, cache.layers[index] if cache is not None else None)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return self.model.norm(x)
+
+    def forward(
+        self,
+        ids: Int[Tensor, "B T"],
+        places: Places | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """The capped logits of every position. For a loss over a large vocabulary use `hidden` with `losses`."""
+        return head.logits(self.hidden(ids, places, cache), self.unembedding, self.config.final_softcap)
+
+    def compile_layers(self) -> "Gemma":
+        """Compile layer by layer: local and global layers are two graphs, however deep the model. No-op if we can't."""
+        if can_compile():
+            for layer in self.model.layers:
+                layer.compile()
+        return self
+
+
+def packed(ids: Int[Tensor, "B T"], bos_id: int) -> Places:
+    """The places of a packed batch: a document starts at each <bos> (and at each row), positions count from there."""
+    starts = ids == bos_id
+    index = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    return Places(index - torch.where(starts, index, 0).cummax(1).values, starts.cumsum(1))

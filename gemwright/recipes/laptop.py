@@ -1,0 +1,190 @@
+"""The laptop recipe: the Gemma 2 result in minutes, on a CPU, on text that every machine has.
+
+A tokenizer, shards, a teacher trained from scratch; then, several times over, a student distilled from it and its twin
+trained from scratch: the same weights to begin with, the same tokens in the same order as often, only the loss differs.
+Each function below returns the whole config of one stage, in order; `run` goes through them, skipping what is finished.
+
+The comparison is fair on purpose. The learning rate is chosen for the student and for the twin apart, each by its own
+validation loss. The teacher has more than four times the student's parameters and has read more text, as in the report
+(a 7B teacher for the 2B of Table 6); the student sees few distinct tokens, and a curve shows how the gain shrinks as it
+sees more (arXiv 2502.08606 predicts that it does).
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gemwright.config import Config
+from gemwright.data import shards as sharding
+from gemwright.data.shards import ShardsConfig
+from gemwright.data.sources import Corpus
+from gemwright.distill import pretrain
+from gemwright.distill.pretrain import PretrainConfig
+from gemwright.evaluate.likelihood import accuracy
+from gemwright.evaluate.task import Task, build_tasks
+from gemwright.generate.language_model import load
+from gemwright.model.config import GemmaConfig, alternating
+from gemwright.run import Card, RunFolder, move_aside, run_stage, say
+from gemwright.tokenizer import train as tokenizing
+from gemwright.tokenizer.train import TokenizerConfig
+from gemwright.train.loop import TrainConfig
+from gemwright.train.optim import OptimConfig
+
+SEEDS = (0, 1)
+RATES = (4e-3, 8e-3, 1.6e-2)
+"""Learning rates tried for the student and for its twin, with the first seed."""
+TOKENS = 150_000
+"""Distinct tokens that student and twin see; as many again on the curve, fewer and more."""
+CURVE = (50_000, 600_000)
+EPOCHS = 3
+"""How often student and twin see the main curve's tokens; the other points take as many steps."""
+VOCABULARY, SEQ_LEN, BATCH = 4096, 128, 16
+PROMPTS = ("def __init__(self", "import os\n", "class Error(")
+
+
+class EvaluationConfig(Config):
+    """The benchmarks made from the corpus, and samples of text."""
+
+    items: int = 200
+    """Questions a benchmark."""
+    seed: int = 0
+    """Of the questions."""
+    prompts: tuple[str, ...] = PROMPTS
+    """Beginnings that each model continues, greedily."""
+    sample_tokens: int = 40
+    """Length of those continuations."""
+
+
+def tokenizer() -> TokenizerConfig:
+    """A small vocabulary with Gemma's properties."""
+    return TokenizerConfig(vocab_size=VOCABULARY)
+
+
+def shards() -> ShardsConfig:
+    """All splits, packed."""
+    return ShardsConfig()
+
+
+def teacher() -> PretrainConfig:
+    """Five times the student's parameters, five times its distinct tokens, each seen once."""
+    return PretrainConfig(
+        model=_model(layers=4, d_model=160, heads=4, head_dim=40),
+        train=TrainConfig(
+            steps=800_000 // (8 * SEQ_LEN), batch_size=8, seq_len=SEQ_LEN, optim=OptimConfig(lr=4e-3),
+            validate_every=200, save_every=100,
+        ),
+        max_tokens=800_000,
+        validation_tokens=20_000,
+    )  # fmt: skip
+
+
+def student(seed: int, lr: float, tokens: int = TOKENS) -> PretrainConfig:
+    """The student, and with the same config its twin: which of them it is, the teacher decides."""
+    return PretrainConfig(
+        model=_model(layers=2, d_model=64, heads=2, head_dim=32),
+        train=TrainConfig(
+            steps=EPOCHS * TOKENS // (BATCH * SEQ_LEN), batch_size=BATCH, seq_len=SEQ_LEN, optim=OptimConfig(lr=lr),
+            validate_every=100, save_every=100, seed=seed,
+        ),
+        max_tokens=tokens,
+        validation_tokens=20_000,
+        seed=seed,
+    )  # fmt: skip
+
+
+def evaluation() -> EvaluationConfig:
+    """Three benchmarks, so that there is an average as in the report's Table 6."""
+    return EvaluationConfig()
+
+
+def run(root: Path, corpus: Path | None = None, *, fresh: bool = False) -> Path:
+    """Go through the recipe in `root` and write the report. Returns the page's path.
+
+    Raises:
+        ValueError: too little text, a corpus folder that holds `root`, or a `root` made from other text.
+    """
+    if corpus is not None and root.resolve().is_relative_to(corpus.resolve()):
+        raise ValueError(
+            f"the corpus {corpus} holds {root}, so the results would become part of it. Move one of them."
+        )
+    text = Corpus.folder(corpus) if corpus else Corpus.standard_library()
+    questions = build_tasks(
+        [d.text for d in text.documents("held_out")], evaluation().items, evaluation().seed
+    )
+    if fresh:
+        move_aside(root)
+    cards: dict[str, Card] = {}
+    tokens, data = root / "tokenizer", root / "shards"
+    cards["tokenizer"] = tokenizing.run(
+        tokenizer(), tokens, lambda: (d.text for d in text.documents("train")), text.facts
+    )
+    cards["shards"] = sharding.run(shards(), data, text, tokens)
+    cards["teacher"] = pretrain.run(teacher(), root / "teacher", data)
+
+    def train(kind: str, name: str, config: PretrainConfig) -> Card:
+        cards[name] = pretrain.run(
+            config, root / name, data, teacher=root / "teacher" if kind == "distilled" else None
+        )
+        return cards[name]
+
+    for kind in ("distilled", "scratch"):
+        tried = {
+            lr: train(kind, f"sweep/{kind}-lr{lr:g}", student(SEEDS[0], lr)).results["validation"]
+            for lr in RATES
+        }
+        best = min(tried, key=lambda lr: tried[lr])
+        _adopt(root / f"sweep/{kind}-lr{best:g}", root / kind)
+        for seed in SEEDS:
+            train(kind, kind if seed == SEEDS[0] else f"{kind}-seed{seed}", student(seed, best))
+        for distinct in CURVE:
+            train(kind, f"curve/{kind}-{distinct}", student(SEEDS[0], best, distinct))
+    judged = ["teacher", *(n for n in cards if n.split("-")[0] in ("distilled", "scratch"))]
+    cards["evaluation"] = _evaluate(evaluation(), root, judged, questions)
+
+    from gemwright.recipes.laptop_report import write
+
+    page = write(root, cards, text)
+    say(
+        f'the report is {page}. Next: gemwright generate {root / "distilled"} "def __init__(self" --max-tokens 40'
+    )
+    return page
+
+
+def _evaluate(config: EvaluationConfig, root: Path, names: list[str], questions: tuple[Task, ...]) -> Card:
+    """The stage that asks each model every question, and lets it continue the prompts."""
+
+    def work(folder: RunFolder) -> dict[str, Any]:
+        for task in questions:
+            task.save(folder.path)
+        scores: dict[str, Any] = {}
+        with folder.progress("evaluating", len(names)) as advance:
+            for name in names:
+                model = load(root / name)
+                assert model.tokenizer is not None
+                scores[name] = {task.name: accuracy(model.model, model.tokenizer, task) for task in questions}
+                scores[name]["samples"] = {
+                    prompt: model.generate(prompt, max_tokens=config.sample_tokens)
+                    for prompt in config.prompts
+                }
+                advance(1)
+        return {"scores": scores}
+
+    inputs = {name: root / name for name in names}
+    return run_stage("evaluate", config, root / "evaluation", work, inputs=inputs)
+
+
+def _adopt(source: Path, target: Path) -> None:
+    """Let the best run of a sweep be the run of the first seed: the config is the same, so it need not run again."""
+    if not target.exists():
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        partial.rename(target)
+
+
+def _model(layers: int, d_model: int, heads: int, head_dim: int) -> GemmaConfig:
+    """A Gemma 2 in small: d_ff = 4 d_model, two query heads to a key/value head, windows that bite at 128 tokens."""
+    return GemmaConfig(
+        d_model=d_model, d_ff=4 * d_model, num_heads=heads, num_kv_heads=heads // 2, head_dim=head_dim,
+        pattern=alternating(layers), vocab_size=VOCABULARY, query_pre_attn_scalar=head_dim, window=64, max_seq_len=512,
+    )  # fmt: skip

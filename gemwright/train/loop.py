@@ -1,0 +1,164 @@
+"""The one training loop. A method is a loss, `loss(model, batch) -> (sum over tokens, metrics)`; everything else is here.
+
+The loss of a step is normalised by the number of target tokens of the WHOLE step, over all its micro-batches: the
+average of averages, which is easy to write, weighs tokens by the length of their neighbours.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from gemwright.config import Config
+from gemwright.data.shards import Windows, target_weights
+from gemwright.device import Precision, dtype_of, keep_freed_memory
+from gemwright.model.attention import Places
+from gemwright.model.gemma import Gemma, packed
+from gemwright.run import RunFolder
+from gemwright.tokenizer.tokenizer import SPECIAL
+from gemwright.train import resume
+from gemwright.train.optim import OptimConfig, adamw, learning_rate
+
+
+class TrainConfig(Config):
+    """How long, in what portions, and how carefully."""
+
+    steps: int = Field(gt=0)
+    """Updates."""
+    batch_size: int = Field(gt=0)
+    """Rows an update."""
+    seq_len: int = Field(gt=1)
+    """Tokens a row."""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Rows at a time: gradients are accumulated over a batch. None: all at once."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser and schedule."""
+    precision: Precision = "fp32"
+    """Arithmetic of the layers; weights, losses and moments are fp32 either way."""
+    compile: bool = True
+    """Compile the layers where that is possible."""
+    validate_every: int = Field(default=100, gt=0)
+    """Updates between validations; there is always one at the end."""
+    save_every: int = Field(default=100, gt=0)
+    """Updates between saved states."""
+    seed: int = 0
+    """Of the weights and of the order of the data."""
+
+    @model_validator(mode="after")
+    def _portions_fit(self) -> "TrainConfig":
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}."
+            )
+        return self
+
+
+class Batch(NamedTuple):
+    """A packed batch: what is read, what is to be predicted, and which predictions count."""
+
+    ids: Int[Tensor, "B T"]
+    targets: Int[Tensor, "B T"]
+    weights: Float[Tensor, "B T"]
+    places: Places
+
+
+Loss = Callable[[Gemma, Batch], tuple[Float[Tensor, ""], dict[str, float]]]
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is not a number; the weights were not touched by it."""
+
+
+def make_batch(windows: Int[Tensor, "B T1"], bos_id: int, device: torch.device | str = "cpu") -> Batch:
+    """Rows of T + 1 tokens -> inputs, targets, their weights and the places of the packed documents."""
+    windows = windows.to(device)
+    ids = windows[:, :-1].contiguous()
+    return Batch(ids, windows[:, 1:].contiguous(), target_weights(windows), packed(ids, bos_id))
+
+
+def train(
+    model: Gemma,
+    loss: Loss,
+    windows: Windows,
+    config: TrainConfig,
+    folder: RunFolder,
+    validate: Callable[[Gemma], dict[str, float]],
+) -> dict[str, float]:
+    """Train `model` in place, from the newest saved state if there is one. Returns the last validation.
+
+    Raises:
+        NonFiniteError: names the step, the folder of the last good state, and what to change.
+    """
+    keep_freed_memory()
+    device = model.unembedding.device
+    optimizer = adamw(model, config.optim)
+    done = resume.load_state(folder.path, model, optimizer)
+    folder.rewind(done)
+    if config.compile:
+        model.compile_layers()
+    last: dict[str, float] | None = None
+    tokens_a_step = config.batch_size * config.seq_len
+    with folder.progress(
+        "training", config.steps * tokens_a_step, done * tokens_a_step, unit="tokens"
+    ) as advance:
+        for step in range(done, config.steps):
+            batch = windows.batch(step, config.batch_size)
+            parts = [
+                make_batch(part, bos_id=SPECIAL["<bos>"], device=device)
+                for part in batch.split(config.micro_batch_size or len(batch))
+            ]
+            lr = learning_rate(step, config.steps, config.optim)
+            value, metrics, norm = _update(model, loss, parts, optimizer, lr, config)
+            if not (math.isfinite(value) and math.isfinite(norm)):
+                state = resume.save_state(folder.path, step, model, optimizer)
+                raise NonFiniteError(
+                    f"the loss of update {step + 1} is {value} (gradient norm {norm}). The weights before it are kept in "
+                    f"{state}. Lower optim.lr (now {config.optim.lr}) or optim.clip, then start anew with --fresh."
+                )
+            row = {"step": step + 1, "loss": value, **metrics, "lr": lr, "grad_norm": norm}
+            if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
+                last = validate(model)
+                row |= last
+            folder.log(**row)
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                resume.save_state(folder.path, step + 1, model, optimizer)
+            advance(tokens_a_step, loss=f"{value:.3f}")
+    return validate(model) if last is None else last
+
+
+def _update(
+    model: Gemma,
+    loss: Loss,
+    parts: list[Batch],
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    config: TrainConfig,
+) -> tuple[float, dict[str, float], float]:
+    """One update over all micro-batches; skipped if its loss or gradient is not finite."""
+    targets = sum(float(part.weights.sum()) for part in parts)
+    total, sums = 0.0, {}
+    for part in parts:
+        with _autocast(model, config):
+            value, metrics = loss(model, part)
+        (value / max(targets, 1.0)).backward()
+        total += float(value.detach())
+        sums = {name: sums.get(name, 0.0) + metric for name, metric in metrics.items()}
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip))
+    if math.isfinite(total) and math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    scale = max(targets, 1.0)
+    return total / scale, {name: metric / scale for name, metric in sums.items()}, norm
+
+
+def _autocast(model: Gemma, config: TrainConfig):
+    if config.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(model.unembedding.device.type, dtype_of(config.precision))

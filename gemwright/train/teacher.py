@@ -1,0 +1,72 @@
+"""The teacher in pre-training: a frozen model that sees the student's batch and hands over its hidden states.
+
+Hidden states and not logits: the loss unembeds both sides a chunk at a time (`losses/dense.py`), so the teacher's
+distribution over the vocabulary never exists for a whole batch. The teacher runs in its own number format.
+"""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gemwright.losses import dense
+from gemwright.model import checkpoint
+from gemwright.model.gemma import Gemma
+from gemwright.tokenizer.tokenizer import Tokenizer
+from gemwright.train.loop import Batch, Loss
+
+
+class Teacher:
+    """A frozen checkpoint, run online."""
+
+    def __init__(self, model: Gemma) -> None:
+        self.model = model.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, folder: Path, tokenizer_sha256: str, device: torch.device | str = "cpu") -> "Teacher":
+        """Load a teacher whose tokenizer is the student's.
+
+        Raises:
+            ValueError: the teacher was trained with another tokenizer, so its ids mean other pieces.
+        """
+        theirs = Tokenizer.load(folder).sha256
+        if theirs != tokenizer_sha256:
+            raise ValueError(
+                f"the teacher {folder} has another tokenizer (sha256 {theirs[:12]}) than the shards "
+                f"({tokenizer_sha256[:12]}): the same id would mean different pieces. Make shards with the teacher's."
+            )
+        return cls(checkpoint.load(folder, device=device).compile_layers())
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Float[Tensor, "B T E"]:
+        """The teacher's final hidden states for a batch of the student's."""
+        with torch.autocast(batch.ids.device.type, enabled=False):
+            return self.model.hidden(batch.ids, batch.places)
+
+
+def next_token(model: Gemma, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    """The loss of training from scratch: the summed cross-entropy of the next token."""
+    hidden = model.hidden(batch.ids, batch.places).flatten(0, 1)
+    total = dense.cross_entropy(
+        hidden,
+        model.unembedding,
+        batch.targets.flatten(),
+        batch.weights.flatten(),
+        cap=model.config.final_softcap,
+    )
+    return total, {}
+
+
+def distillation(teacher: Teacher) -> Loss:
+    """The loss of distillation: the summed forward KL to the teacher's whole distribution, and nothing mixed in."""
+
+    def loss(model: Gemma, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        total = dense.forward_kl(
+            model.hidden(batch.ids, batch.places).flatten(0, 1), model.unembedding,
+            teacher.hidden(batch).flatten(0, 1), teacher.model.unembedding,
+            batch.weights.flatten(), cap=model.config.final_softcap, teacher_cap=teacher.model.config.final_softcap,
+        )  # fmt: skip
+        return total, {}
+
+    return loss

@@ -1,0 +1,124 @@
+"""The device floor: seeds, number formats, and a promise about torch.compile that holds."""
+
+import random
+import stat
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemwright import device
+
+
+@pytest.fixture(autouse=True)
+def ask_anew() -> Iterator[None]:
+    """`can_compile` remembers its answer for the whole process; each of these tests wants its own."""
+    device.can_compile.cache_clear()
+    yield
+    device.can_compile.cache_clear()
+
+
+@pytest.fixture
+def cpu_with_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without a GPU whose only program is g++ (and clang++, which is what torch takes on a Mac)."""
+    for name in ("g++", "clang++"):
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("GEMWRIGHT_COMPILE", raising=False)
+    return tmp_path
+
+
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+    for available, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert device.pick_device() == torch.device(kind)
+
+
+def test_fp32_and_bf16_are_offered_and_fp16_is_not():
+    assert device.dtype_of("fp32") is torch.float32
+    assert device.dtype_of("bf16") is torch.bfloat16
+    assert torch.float16 not in device.DTYPES.values()
+
+
+def test_one_seed_gives_one_sequence_in_python_and_torch():
+    def draw(seed: int) -> tuple[float, list[float]]:
+        device.seed_everything(seed)
+        return random.random(), torch.rand(3).tolist()
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+
+
+@pytest.mark.usefixtures("cpu_with_compiler")
+def test_with_a_compiler_and_headers_it_compiles_and_says_nothing(capsys: pytest.CaptureFixture[str]):
+    assert device.can_compile()
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_compiler_it_runs_eagerly_and_says_so_once(
+    cpu_with_compiler: Path, capsys: pytest.CaptureFixture[str]
+):
+    for program in cpu_with_compiler.glob("*++"):
+        program.unlink()
+    assert not device.can_compile()
+    assert not device.can_compile()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "no compiler found" in said
+    assert "running eagerly" in said
+
+
+@pytest.mark.usefixtures("cpu_with_compiler")
+def test_cxx_names_the_compiler_as_it_does_for_torch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("CXX", "my-compiler")
+    assert not device.can_compile()
+    assert "my-compiler" in capsys.readouterr().err
+    monkeypatch.setenv("CXX", "clang++")
+    device.can_compile.cache_clear()
+    assert device.can_compile()
+
+
+def test_without_pythons_headers_it_runs_eagerly_and_names_the_package(
+    cpu_with_compiler: Path, capsys: pytest.CaptureFixture[str]
+):
+    """torch's CPU kernels include Python.h, which a distribution's python3 comes without."""
+    (cpu_with_compiler / "Python.h").unlink()
+    assert not device.can_compile()
+    assert "python3-dev" in capsys.readouterr().err
+
+
+def test_a_gpu_needs_a_c_compiler(
+    cpu_with_compiler: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not device.can_compile()
+    assert "gcc or clang" in capsys.readouterr().err
+    (cpu_with_compiler / "g++").rename(cpu_with_compiler / "gcc")
+    device.can_compile.cache_clear()
+    assert device.can_compile()
+
+
+@pytest.mark.usefixtures("cpu_with_compiler")
+def test_compiling_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("GEMWRIGHT_COMPILE", "0")
+    assert not device.can_compile()
+    assert "GEMWRIGHT_COMPILE=0" in capsys.readouterr().err
+
+
+@pytest.mark.compiled
+def test_where_it_may_compile_a_compiled_function_runs_and_agrees():
+    def cap(x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x / 30) * 30
+
+    x = torch.randn(8, 8, device=device.pick_device()) * 100
+    torch.testing.assert_close(torch.compile(cap)(x), cap(x))
