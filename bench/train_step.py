@@ -1,8 +1,8 @@
 """How fast is a training step on this machine, next to transformers' Gemma 2 on the same weights and tokens?
 
-Forward, next-token loss over every position, backward, clipping and a fused AdamW update, in fp32. The implementations
-take turns, round after round, so that a noisy machine is noisy for all of them; the median round counts. The first loss
-must be equal, or the comparison would not be one.
+Forward, next-token loss over every position, backward, clipping and a fused AdamW update, in fp32. The
+implementations take turns, round after round, so that a noisy machine is noisy for all of them; the median
+round counts. The first loss must be equal, or the comparison would not be one.
 
     python -m bench.train_step --json
 """
@@ -54,7 +54,8 @@ def transformers_model(
     torch.manual_seed(0)
     weights = Gemma(config).state_dict()
     data = {k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")}
-    model = Gemma2ForCausalLM(Gemma2Config(**data, attn_implementation="eager"))
+    theirs = Gemma2Config(**data, attn_implementation="eager")  # pyright: ignore[reportCallIssue]
+    model = Gemma2ForCausalLM(theirs)
     model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
     run = torch.compile(model) if compiled else model
     ids, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
@@ -96,10 +97,15 @@ def measure(seq_len: int, rounds: int) -> list[dict[str, object]]:
             step()
             seconds[name].append(time.perf_counter() - start)
     return [
-        {"impl": name, "seq_len": seq_len, "tokens_per_s": round(TOKENS / statistics.median(times)),
-         "spread": [round(TOKENS / max(times)), round(TOKENS / min(times))], "first_loss": round(first[name], 5)}
+        {
+            "impl": name,
+            "seq_len": seq_len,
+            "tokens_per_s": round(TOKENS / statistics.median(times)),
+            "spread": [round(TOKENS / max(times)), round(TOKENS / min(times))],
+            "first_loss": round(first[name], 5),
+        }
         for name, times in seconds.items()
-    ]  # fmt: skip
+    ]
 
 
 def _step(

@@ -34,7 +34,7 @@ def seed_everything(seed: int) -> None:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next step (Linux; elsewhere a no-op). Up to a fifth faster on a CPU.
+    """Let glibc keep what is freed for the next step (no-op off Linux): up to a fifth faster on a CPU.
 
     By default every large temporary is mapped afresh, and the kernel clears its pages at each use.
     """

@@ -15,7 +15,8 @@ from gemwright.run import write_json, write_text
 
 COLOURS = {"teacher": "#555555", "distilled": "#0b6e4f", "scratch": "#c8553d"}
 _CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8rem; text-align: right; }
 th { border-bottom: 2px solid #222; } td { border-bottom: 1px solid #ddd; }
@@ -66,15 +67,15 @@ class Report:
         self, series: Sequence[Series], *, x: str, y: str, log_x: bool = False, caption: str = ""
     ) -> None:
         """A line plot with a legend."""
-        self._parts.append(
-            f"<figure>{_svg(series, x, y, log_x)}<figcaption class=note>{html.escape(caption)}</figcaption></figure>"
-        )
+        below = f"<figcaption class=note>{html.escape(caption)}</figcaption>"
+        self._parts.append(f"<figure>{_svg(series, x, y, log_x)}{below}</figure>")
 
     def write(self, folder: Path) -> Path:
         """Write `report.html` and `report.json`; returns the page's path."""
+        title = html.escape(self.title)
         page = (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-            f"<style>{_CSS}</style></head><body><h1>{html.escape(self.title)}</h1>{''.join(self._parts)}</body></html>\n"
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f"<style>{_CSS}</style></head><body><h1>{title}</h1>{''.join(self._parts)}</body></html>\n"
         )
         write_json(folder / "report.json", self.data)
         write_text(folder / "report.html", page)
@@ -82,7 +83,7 @@ class Report:
 
 
 def mean_std(values: Sequence[float]) -> dict[str, Any]:
-    """`{mean, std, seeds}`: the sample standard deviation (0 for one value) and how many values there were."""
+    """`{mean, std, seeds}`: the sample standard deviation (0 for one value), and how many values it was."""
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
     return {"mean": round(mean, 5), "std": round(variance**0.5, 5), "seeds": len(values)}
@@ -97,9 +98,15 @@ def plus_minus(stats: Mapping[str, Any], digits: int = 3) -> str:
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same table for a terminal: aligned columns, the first to the left."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-             for row in [header, ["-" * w for w in widths], *rows]]  # fmt: skip
-    return "\n".join(line.rstrip() for line in lines)
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = (
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join([first, *others]).rstrip()
+
+    return "\n".join(map(line, [header, ["-" * width for width in widths], *rows]))
 
 
 def _svg(series: Sequence[Series], x: str, y: str, log_x: bool) -> str:

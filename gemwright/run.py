@@ -126,7 +126,12 @@ def run_stage(
             say(f"{stage}: going on in {out}")
         write_json(out / CARD, asdict(card))
         folder = RunFolder(out)
-        card.results = work(folder)
+        try:
+            card.results = work(folder)
+        except BaseException:
+            if all(path.name == CARD or path.name.startswith(".") for path in out.iterdir()):
+                (out / CARD).unlink()  # nothing was made: the corrected command may have the folder
+            raise
         card.seconds = round(folder.elapsed, 2)
         card.finished = True
         card.outputs = {

@@ -1,8 +1,8 @@
 """The door: `gemwright VERB`, verbs in pipeline order. What a verb needs is imported when it is called."""
 
 import sys
+from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -12,18 +12,30 @@ VERBS = ("run", "tokenizer", "shards", "pretrain", "distill", "generate")
 
 
 class _Pipeline(TyperGroup):
-    """Lists the verbs in pipeline order, groups of verbs among them."""
+    """Lists the verbs in pipeline order, groups of verbs among them. (The class of `ctx` is typer's own.)"""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return [verb for verb in VERBS if verb in self.commands]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb; on Ctrl-C say what becomes of the work (typer alone would leave without a word)."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print(
+                "\ngemwright: interrupted. The same command goes on with a stage where it stopped.",
+                file=sys.stderr,
+            )
+            raise typer.Exit(130) from None
 
 
 app = typer.Typer(
     name="gemwright",
     cls=_Pipeline,
-    help="The Gemma 2 recipe as software: text and a teacher model go in, a small language model comes out.\n\n"
-    "Start with `gemwright run laptop`: in minutes, on a CPU, a student distilled from a teacher next to its twin "
-    "trained from scratch. Every verb takes --json: one line of JSON, last on stdout; all else goes to stderr.",
+    help="The Gemma 2 recipe as software: text and a teacher model go in, a small language model comes out."
+    "\n\nStart with `gemwright run laptop`: in minutes, on a CPU, a student distilled from a teacher next to "
+    "its twin trained from scratch. Every verb takes --json: one line of JSON, last on stdout; all else goes "
+    "to stderr.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,21 +47,15 @@ for group in (recipe, text, training, use):
 
 
 def main() -> None:
-    """Run the command line. What a person can put right is one sentence on stderr and exit code 2, not a traceback."""
+    """Run the command line.
+
+    What a person can put right is one sentence on stderr and exit code 2, not a traceback.
+    """
     try:
         app()
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        if (
-            isinstance(error, RuntimeError)
-            and type(error).__module__.split(".")[0] != "gemwright"
-            and type(error) is not RuntimeError
-        ):
+    except (ValueError, OSError, RuntimeError) as error:
+        ours = type(error).__module__.split(".")[0] == "gemwright"
+        if isinstance(error, RuntimeError) and not ours and type(error) is not RuntimeError:
             raise
         print(f"gemwright: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(
-            "\ngemwright: interrupted. Nothing is lost: the same command goes on where this stopped.",
-            file=sys.stderr,
-        )
-        sys.exit(130)

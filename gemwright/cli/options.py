@@ -14,7 +14,7 @@ Set = Annotated[
     typer.Option(
         "--set",
         metavar="PATH=VALUE",
-        help="Change one setting, as in --set train.optim.lr=0.002. Repeatable.",
+        help="Change one setting of the stage's config; an unknown one names the nearest. Repeatable.",
     ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an existing result aside and start anew.")]

@@ -29,8 +29,8 @@ def run(
 ) -> None:
     """Go through a recipe, stage by stage; what is finished is skipped, what was killed goes on.
 
-    `laptop` trains a tokenizer, a teacher, and twice over a student distilled from it and its twin from scratch, on
-    two CPU cores in under ten minutes, and writes report.html with the comparison.
+    `laptop` trains a tokenizer, a teacher, and twice over a student distilled from it and its twin from
+    scratch, on two CPU cores in under ten minutes, and writes report.html with the comparison.
 
     Example: gemwright run laptop
     """

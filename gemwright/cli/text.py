@@ -22,9 +22,10 @@ def train(
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Train a SentencePiece tokenizer on a folder of text: digits split, spaces kept, bytes for what is unknown.
+    """Train a tokenizer on a folder of text: digits split, spaces kept, bytes for what is unknown.
 
-    Gemma's control tokens stand at Gemma's ids. Only the training part of the corpus is read.
+    It is a SentencePiece model, with Gemma's control tokens at Gemma's ids. Only the training part of the
+    corpus is read.
 
     Example: gemwright tokenizer train my_text --size 8000 --out out/tokenizer
     """
@@ -34,7 +35,7 @@ def train(
     from gemwright.tokenizer.train import run as stage
 
     texts = Texts.folder(corpus)
-    config = TokenizerConfig(vocab_size=size).but(**parse_settings(settings or []))
+    config = TokenizerConfig.parse({"vocab_size": size}).but(**parse_settings(settings or []))
     card = stage(config, out, lambda: (d.text for d in texts.documents("train")), texts.facts, fresh=fresh)
     tell(as_json, {"out": str(out), "seconds": card.seconds, **card.results}, str(out))
 

@@ -29,8 +29,8 @@ def pretrain(
 ) -> None:
     """Train a model from scratch by next-token prediction: a teacher, or a student's twin.
 
-    Killed at any moment, the same command goes on to the same bits. Every setting of model and training can be
-    changed with --set, as in --set model.window=256 or --set train.optim.lr=0.002.
+    Killed at any moment, the same command goes on to the same bits. Every setting of model and training can
+    be changed with --set, as in --set model.window=256 or --set train.optim.lr=0.002.
 
     Example: gemwright pretrain --shards runs/laptop/shards --size 6m --out out/teacher
     """
@@ -51,8 +51,8 @@ def distill(
 ) -> None:
     """Train a student on a teacher's whole distribution instead of the next token (the report, section 3.2).
 
-    The loss is KL(teacher || student) over the vocabulary, soft-caps in, nothing mixed in. The teacher runs along; its
-    tokenizer must be the shards'.
+    The loss is KL(teacher || student) over the vocabulary, soft-caps in, nothing mixed in. The teacher runs
+    along; its tokenizer must be the shards'.
 
     Example: gemwright distill --shards runs/laptop/shards --teacher runs/laptop/teacher --out out/student
     """
@@ -72,7 +72,7 @@ def _run(
 
     config = PretrainConfig(
         model=named(size).but(vocab_size=Packed.open(shards).manifest.vocab_size),
-        train=TrainConfig(steps=steps, batch_size=batch_size, seq_len=seq_len),
+        train=TrainConfig.parse({"steps": steps, "batch_size": batch_size, "seq_len": seq_len}),
         validation_tokens=20_000,
     ).but(**parse_settings(settings or []))
     card = stage(config, out, shards, teacher=teacher, fresh=fresh)

@@ -1,7 +1,7 @@
-"""The pre-training stage: shards in, a checkpoint out; with a teacher it distils, without one it trains from scratch.
+"""The pre-training stage: shards in, a checkpoint out; distilled from a teacher, or trained from scratch.
 
-The two differ in the loss alone (report, section 3.2: distillation INSTEAD of next-token prediction), so that a student
-and its twin from scratch see the same tokens in the same order from the same weights.
+The two differ in the loss alone (report, section 3.2: distillation INSTEAD of next-token prediction), so that
+a student and its twin from scratch see the same tokens in the same order from the same weights.
 """
 
 from pathlib import Path
@@ -17,10 +17,10 @@ from gemwright.model import checkpoint, cost
 from gemwright.model.config import GemmaConfig
 from gemwright.model.gemma import Gemma
 from gemwright.run import Card, RunFolder, read_card, run_stage
-from gemwright.tokenizer.tokenizer import Tokenizer
+from gemwright.tokenizer.tokenizer import MODEL_FILE, Tokenizer
 from gemwright.train import resume
 from gemwright.train.loop import TrainConfig, train
-from gemwright.train.teacher import Teacher, distillation, next_token
+from gemwright.train.teacher import Teacher, distillation, next_token, require_same_tokenizer
 
 
 class PretrainConfig(Config):
@@ -33,7 +33,9 @@ class PretrainConfig(Config):
     max_tokens: int | None = Field(default=None, gt=0)
     """Distinct tokens to train on, the same ones for every run that asks for as many; None: all."""
     validation_tokens: int | None = Field(default=None, gt=0)
-    """Tokens of each validation during training (the last one uses all); None: all."""
+    """Tokens of each validation; None: all of the split."""
+    held_out_tokens: int | None = Field(default=None, gt=0)
+    """Tokens of the measurement at the end, on text that nothing was chosen by; None: all."""
     seed: int = 0
     """Of the weights; `train.seed` orders the data."""
 
@@ -53,19 +55,24 @@ def run(
     data = Shards.open(shards)
     if config.model.vocab_size < data.manifest.vocab_size:
         raise ValueError(
-            f"the model has {config.model.vocab_size} rows, but the shards use {data.manifest.vocab_size} pieces. "
-            f"Set model.vocab_size={data.manifest.vocab_size}."
+            f"the model has {config.model.vocab_size} rows, but the shards use {data.manifest.vocab_size} "
+            f"pieces. Set model.vocab_size={data.manifest.vocab_size}."
         )
     if config.train.seq_len > config.model.max_seq_len:
         raise ValueError(
-            f"train.seq_len={config.train.seq_len} exceeds the model's max_seq_len={config.model.max_seq_len}. "
-            "Shorten the one or raise the other."
+            f"train.seq_len={config.train.seq_len} exceeds the model's max_seq_len="
+            f"{config.model.max_seq_len}. Shorten the one or raise the other."
         )
+
+    if teacher is not None and (teacher / MODEL_FILE).exists():  # before the folder is this teacher's work
+        require_same_tokenizer(teacher, data.manifest.tokenizer_sha256)
 
     def work(folder: RunFolder) -> dict[str, Any]:
         return _work(config, folder, data, tokenizer_of(shards), teacher)
 
-    return run_stage(stage, config, out, work, inputs=inputs, fresh=fresh, next_step=next_step)
+    card = run_stage(stage, config, out, work, inputs=inputs, fresh=fresh, next_step=next_step)
+    resume.clear(out)  # not before the card is written: a kill during the last evaluation costs no training
+    return card
 
 
 def tokenizer_of(shards: Path) -> Tokenizer:
@@ -82,12 +89,14 @@ def tokenizer_of(shards: Path) -> Tokenizer:
 def _work(
     config: PretrainConfig, folder: RunFolder, data: Shards, tokenizer: Tokenizer, teacher: Path | None
 ) -> dict[str, Any]:
+    for leftover in folder.path.glob(".*.partial-*"):  # of a process that was killed while it wrote
+        leftover.unlink()
     device = pick_device()
     seed_everything(config.seed)
     model = Gemma(config.model).to(device)
-    loss = (
-        distillation(Teacher.load(teacher, data.manifest.tokenizer_sha256, device)) if teacher else next_token
-    )
+    loss = next_token
+    if teacher is not None:
+        loss = distillation(Teacher.load(teacher, data.manifest.tokenizer_sha256, device))
 
     def windows(split: Split, max_tokens: int | None) -> Windows:
         return Windows(data, split, config.train.seq_len, seed=config.train.seed, max_tokens=max_tokens)
@@ -104,14 +113,11 @@ def _work(
     )
     checkpoint.save(model, folder.path)
     tokenizer.save(folder.path)
-    resume.clear(folder.path)
     return {
         "parameters": cost.parameters(config.model),
         "non_embedding_parameters": cost.non_embedding_parameters(config.model),
         "distinct_tokens": trained_on.tokens,
         "tokens_seen": config.train.steps * config.train.batch_size * config.train.seq_len,
-        "validation": nats_per_token(model, windows("validation", None))
-        if config.validation_tokens
-        else last["validation"],
-        "held_out": nats_per_token(model, windows("held_out", None)),
+        **last,
+        "held_out": nats_per_token(model, windows("held_out", config.held_out_tokens)),
     }

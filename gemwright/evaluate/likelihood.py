@@ -37,17 +37,25 @@ def nats_per_token(model: Gemma, windows: Windows, batch_size: int = 16) -> floa
 def accuracy(model: Gemma, tokenizer: Tokenizer, task: Task, batch_size: int = 64) -> float:
     """Share of items whose true choice has the highest log-likelihood after the context, per character.
 
-    Dividing by length in characters (as lm-evaluation-harness's `acc_norm` does) keeps long choices from losing for
-    being long. Context and choice are tokenised apart, alike for every choice. A context that does not fit the model's
-    `max_seq_len` loses its beginning.
+    Dividing by length in characters (as lm-evaluation-harness's `acc_norm` does) keeps long choices from
+    losing for being long. Context and choice are tokenised apart, alike for every choice. A context that does
+    not fit the model's `max_seq_len` loses its beginning, but never `<bos>`.
+
+    Raises:
+        ValueError: a choice alone is longer than `max_seq_len`.
     """
     rows: list[tuple[list[int], int]] = []  # ids, and how many of them at the end are the choice
     for item in task.items:
         before = tokenizer.encode(item.context, bos=True)
         for choice in item.choices:
             ids = tokenizer.encode(choice)
-            keep = model.config.max_seq_len - len(ids)
-            rows.append((before[-keep:] + ids, len(ids)))
+            room = model.config.max_seq_len - len(ids) - 1
+            if room < 0:
+                raise ValueError(
+                    f"a choice of {task.name!r} has {len(ids)} tokens, and with <bos> that exceeds the "
+                    f"model's max_seq_len={model.config.max_seq_len}. Leave it out, or use another model."
+                )
+            rows.append((before[:1] + before[max(1, len(before) - room) :] + ids, len(ids)))
     scores = _log_likelihoods(model, rows, batch_size)
     right, start = 0, 0
     for item in task.items:

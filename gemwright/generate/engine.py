@@ -1,5 +1,6 @@
 """Generation: prefill the prompt, then decode one token after another with a KV cache."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,8 +24,8 @@ def decode(
     """Yield new ids after `prompt` until a stop id (not yielded) or `max_tokens` of them.
 
     Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, a wrong setting, or more than `max_seq_len` in all;
-            before anything is computed.
+        ValueError: an empty prompt, an id outside the vocabulary, a wrong setting, or more than `max_seq_len`
+            in all; before anything is computed.
     """
     _check(model, prompt, max_tokens, temperature)
     return _decode(model, prompt, max_tokens, temperature, seed, frozenset(stop_ids))
@@ -61,9 +62,9 @@ def _check(model: Gemma, prompt: Sequence[int], max_tokens: int, temperature: fl
         raise ValueError(
             f"the prompt holds an id outside 0..{vocabulary - 1}: it was made with another tokenizer."
         )
-    if max_tokens < 1 or temperature < 0:
+    if max_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError(
-            f"max_tokens={max_tokens} must be at least 1 and temperature={temperature} at least 0."
+            f"max_tokens={max_tokens} must be at least 1, temperature={temperature} finite and at least 0."
         )
     if len(prompt) + max_tokens > model.config.max_seq_len:
         raise ValueError(

@@ -36,10 +36,10 @@ class LanguageModel:
     def stream(
         self, prompt: str, *, max_tokens: int = 128, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[str]:
-        """Yield the continuation of `prompt` piece by piece; it ends on <eos>, <end_of_turn> or `max_tokens`.
+        """Yield the continuation of `prompt` piece by piece, until <eos>, <end_of_turn> or `max_tokens`.
 
         Raises:
-            ValueError: the folder has no tokenizer, or prompt and `max_tokens` do not fit (before any computing).
+            ValueError: the folder has no tokenizer, or prompt and `max_tokens` do not fit; at once.
         """
         if self.tokenizer is None:
             raise ValueError(
@@ -47,9 +47,13 @@ class LanguageModel:
             )
         tokenizer = self.tokenizer
         ids = decode(
-            self.model, tokenizer.encode(prompt, bos=True), max_tokens=max_tokens, temperature=temperature, seed=seed,
+            self.model,
+            tokenizer.encode(prompt, bos=True),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
             stop_ids=(CONTROL["<eos>"], CONTROL["<end_of_turn>"]),
-        )  # fmt: skip
+        )
 
         def texts() -> Iterator[str]:
             done: list[int] = []
@@ -72,7 +76,7 @@ class LanguageModel:
 def load(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> LanguageModel:
-    """Load a Hugging Face directory of a Gemma 2 model, in its own number format unless `dtype` says otherwise.
+    """Load a Hugging Face directory of a Gemma 2 model, in its own number format unless `dtype` is given.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file of the checkpoint is missing.

@@ -1,12 +1,13 @@
 """Losses over a large vocabulary without ever holding the logits of a batch.
 
-At 256,000 pieces the logits of one 8,192-token sequence take 8.4 GB in fp32, and a plain distillation step holds four
-to six such tensors. Here a chunk of tokens is unembedded, its loss AND its gradient are made at once, and the logits
-are gone before the next chunk: three vocabulary GEMMs for cross-entropy (logits, d hidden, d weight), four for
-forward KL (the teacher's logits too), where recomputing them in the backward pass would take four and six.
+At 256,000 pieces the logits of one 8,192-token sequence take 8.4 GB in fp32, and a plain distillation step
+holds four to six such tensors. Here a chunk of tokens is unembedded, its loss AND its gradient are made at
+once, and the logits are gone before the next chunk: three vocabulary GEMMs for cross-entropy (logits,
+d hidden, d weight), four for forward KL (the teacher's logits too), where recomputing them in the backward
+pass would take four and six.
 
-The result is exact, soft-caps included. A loss is the weighted SUM over tokens: who calls divides by the number of
-target tokens of the whole step, which only the caller knows (gradient accumulation).
+The result is exact, soft-caps included. A loss is the weighted SUM over tokens: who calls divides by the
+number of target tokens of the whole step, which only the caller knows (gradient accumulation).
 """
 
 import functools
@@ -22,6 +23,9 @@ from gemwright.model import head
 CHUNK_BYTES = 256 << 20
 """Logits held at a time, all copies together."""
 _MOST_ROWS = 512  # measured on a CPU: more feed the GEMMs no better, and the chunk leaves the cache
+
+Chunk = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+"""Rows, the head's weight in fp32 -> their summed loss, its gradient with respect to the raw logits."""
 
 
 def cross_entropy(
@@ -46,8 +50,8 @@ def cross_entropy(
             f"a target id lies outside 0..{len(weight) - 1}: the text was made with another tokenizer."
         )
 
-    def chunk(rows: slice) -> tuple[Tensor, Tensor]:
-        raw = head.raw_logits(hidden.detach()[rows], weight.detach())
+    def chunk(rows: slice, wide: Tensor) -> tuple[Tensor, Tensor]:
+        raw = head.raw_logits(hidden.detach()[rows], wide)
         return _fused(_cross_entropy_chunk)(raw, targets[rows], token_weights[rows], cap)
 
     return _sum_in_chunks(hidden, weight, chunk, _rows(len(weight), 2, chunk_bytes))
@@ -57,7 +61,7 @@ def forward_kl(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
     teacher_hidden: Float[Tensor, "N E"],
-    teacher_weight: Float[Tensor, "V E"],
+    teacher_weight: Float[Tensor, "_ E"],
     token_weights: Float[Tensor, " N"],
     *,
     cap: float | None,
@@ -66,37 +70,35 @@ def forward_kl(
 ) -> Float[Tensor, ""]:
     """Weighted sum over tokens of KL(teacher || student) over the whole vocabulary (report, section 3.2).
 
-    The teacher may have another width; its side gets no gradient. Raises ValueError if the vocabularies differ.
+    The teacher may have another width; its side gets no gradient. Raises ValueError if vocabularies differ.
     """
     if len(weight) != len(teacher_weight):
         raise ValueError(
-            f"the student's vocabulary has {len(weight)} pieces and the teacher's {len(teacher_weight)}: their "
-            "distributions cannot be compared. Give the student the teacher's tokenizer."
+            f"the student's vocabulary has {len(weight)} pieces and the teacher's {len(teacher_weight)}: "
+            "their distributions cannot be compared. Give the student the teacher's tokenizer."
         )
 
-    def chunk(rows: slice) -> tuple[Tensor, Tensor]:
-        raw = head.raw_logits(hidden.detach()[rows], weight.detach())
-        raw_teacher = head.raw_logits(teacher_hidden.detach()[rows], teacher_weight.detach())
+    wide_teacher = teacher_weight.detach().float()
+
+    def chunk(rows: slice, wide: Tensor) -> tuple[Tensor, Tensor]:
+        raw = head.raw_logits(hidden.detach()[rows], wide)
+        raw_teacher = head.raw_logits(teacher_hidden.detach()[rows], wide_teacher)
         return _fused(_forward_kl_chunk)(raw, raw_teacher, token_weights[rows], cap, teacher_cap)
 
     return _sum_in_chunks(hidden, weight, chunk, _rows(len(weight), 4, chunk_bytes))
 
 
-def _sum_in_chunks(
-    hidden: Tensor, weight: Tensor, chunk: Callable[[slice], tuple[Tensor, Tensor]], rows: int
-) -> Float[Tensor, ""]:
+def _sum_in_chunks(hidden: Tensor, weight: Tensor, chunk: Chunk, rows: int) -> Float[Tensor, ""]:
     if not torch.is_grad_enabled():  # a Function is asked for gradients even then
         hidden, weight = hidden.detach(), weight.detach()
     return _InChunks.apply(hidden, weight, chunk, rows)
 
 
 class _InChunks(torch.autograd.Function):
-    """Sums a loss over chunks of rows and makes its gradients on the way; the backward pass only scales them."""
+    """Sums a loss over chunks of rows and makes its gradients on the way; the backward pass scales them."""
 
     @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, chunk: Callable[[slice], tuple[Tensor, Tensor]], rows: int
-    ) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, chunk: Chunk, rows: int) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         loss = hidden.new_zeros((), dtype=torch.float32)
         # Gradients of the head are summed over chunks, so they are kept in fp32 until the end.
@@ -106,7 +108,7 @@ class _InChunks(torch.autograd.Function):
             wide = weight.detach().float()
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
-                loss_part, grad = chunk(part)
+                loss_part, grad = chunk(part, wide)
                 loss += loss_part
                 if grad_hidden is not None:
                     grad_hidden[part] = grad @ wide
@@ -122,7 +124,7 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         grad_hidden, grad_weight = (
-            None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors
+            None if g is None else (g.float() * upstream).to(g.dtype) for g in ctx.saved_tensors
         )
         return grad_hidden, grad_weight, None, None
 
@@ -135,7 +137,7 @@ def _rows(vocab: int, copies: int, chunk_bytes: int) -> int:
 def _normalised(
     raw: Float[Tensor, "N V"], cap: float | None
 ) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N 1"]]:
-    """Capped logits and their log-sum-exp. The cap bounds the logits, so that mostly no pass for a maximum is needed."""
+    """Capped logits and their log-sum-exp. The cap bounds them: mostly no pass for a maximum is needed."""
     capped = head.softcap_by_exp(raw, cap)
     if cap is not None and cap <= 40:  # exp(-2 * 40) is far from fp32's smallest number
         return capped, cap + torch.exp(capped - cap).sum(-1, keepdim=True).log()
@@ -164,7 +166,7 @@ def _forward_kl_chunk(
     cap: float | None,
     teacher_cap: float | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"]]:
-    """The summed KL(teacher || student) of a chunk, and its gradient with respect to the student's raw logits."""
+    """The summed KL(teacher || student) of a chunk, and its gradient by the student's raw logits."""
     student, lse = _normalised(raw, cap)
     teacher, teacher_lse = _normalised(raw_teacher, teacher_cap)
     p = torch.exp(teacher - teacher_lse)

@@ -2,12 +2,15 @@
 
 One definition of what a query may see (`visible`) and three roads to the same numbers:
 
-* `reference`: every score in one matrix; what the other two are tested against, and the decoder's road (few queries).
-* `blockwise`: blocks of queries against the keys they can reach at all, scores recomputed in the backward pass. A
-  local layer costs T x window and a global one half of T x T, and no more than one block of scores exists at a time.
+* `reference`: every score in one matrix; what the other two are tested against, and the decoder's road
+  (few queries).
+* `blockwise`: blocks of queries against the keys they can reach at all, scores recomputed in the backward
+  pass. A local layer costs T x window and a global one half of T x T, and no more than one block of scores
+  exists at a time.
 * `flexible`: torch's `flex_attention` for GPUs (on the CPU it has no backward).
 
-The cap comes before the mask: after it, tanh would turn a masked -inf into -cap and let it leak into the softmax.
+The cap comes before the mask: after it, tanh would turn a masked -inf into -cap and let it leak into the
+softmax.
 """
 
 import functools
@@ -21,11 +24,12 @@ from gemwright.device import can_compile
 from gemwright.model.head import softcap, softcap_by_exp, softcap_slope
 
 QUERY_BLOCK = 128
-"""Queries a block. 64 to 256 measured alike on a CPU; smaller wastes less above the diagonal, larger feeds the GEMMs."""
+"""Queries a block. 64 to 256 measured alike on a CPU: smaller wastes less above the diagonal, larger feeds
+the GEMMs."""
 
 
 class Places(NamedTuple):
-    """Where tokens stand: the position inside a document, and which document of a packed row (-1: an empty slot)."""
+    """Where tokens stand: position inside a document, and which document of a row (-1: an empty slot)."""
 
     position: Int[Tensor, "B S"]
     document: Int[Tensor, "B S"]
@@ -54,8 +58,8 @@ def attend(
 ) -> Float[Tensor, "B T H K"]:
     """Attention by the fastest road that fits. `window=None` is a global layer.
 
-    Where `queries is keys` (a whole sequence attends to itself) tokens must stand in reading order, documents one
-    after the other: the block and the flex road skip what cannot be seen by index.
+    Where `queries is keys` (a whole sequence attends to itself) tokens must stand in reading order, documents
+    one after the other: the block and the flex road skip what cannot be seen by index.
     """
     if queries is not keys:
         return reference(q, k, v, queries, keys, scale=scale, cap=cap, window=window)
@@ -142,7 +146,7 @@ def _cut(position: Tensor, document: Tensor, part: slice) -> Places:
 
 
 def _group(x: Tensor, heads: int) -> Tensor:
-    """(B, T, H, K) -> (B * G, R * T, K): the R query heads that share a key/value head, one below the other."""
+    """(B, T, H, K) -> (B * G, R * T, K): the R query heads of a key/value head, one below the other."""
     batch, length, all_heads, size = x.shape
     x = x.view(batch, length, heads, all_heads // heads, size).permute(0, 2, 3, 1, 4)
     return x.reshape(batch * heads, -1, size)
@@ -184,7 +188,7 @@ def _weigh_backward(
 
 @functools.cache
 def _fused(kernel):
-    """The kernel compiled once for all shapes: memory is read and written once instead of at every operation."""
+    """The kernel compiled once for all shapes: memory is read and written once, not at every operation."""
     if not can_compile():
         return kernel
     from torch.fx.experimental import _config as shapes
@@ -192,8 +196,8 @@ def _fused(kernel):
     compiled = torch.compile(kernel, dynamic=True)
 
     def call(*args):
-        # Two sizes that happen to be equal at the first call would else be taken for one, and compiled anew later.
-        with shapes.patch(use_duck_shape=False):
+        # Two sizes that happen to be equal at the first call would else be taken for one, and compiled anew.
+        with shapes.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue] - made at import
             return compiled(*args)
 
     return call
@@ -230,12 +234,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, position: Tensor, document: Tensor, scale
 
 @torch.library.custom_op("gemwright::blockwise_attention_backward", mutates_args=())
 def _blockwise_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, position: Tensor, document: Tensor,
-    scale: float, cap: float | None, window: int,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, position: Tensor,
+    document: Tensor, scale: float, cap: float | None, window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     length, heads = q.shape[1], k.shape[2]
     keys, values = _group(k, heads), _group(v, heads)
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), torch.zeros_like(keys), torch.zeros_like(values)
+    # Sums over blocks: in fp32, whatever the inputs.
+    grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
+    grad_q = q.new_empty(q.shape)
     for start in range(0, length, QUERY_BLOCK):
         rows, cols = slice(start, start + QUERY_BLOCK), slice(max(0, start - window + 1), start + QUERY_BLOCK)
         block, grad_block = _group(q[:, rows], heads), _group(grad[:, rows], heads)
@@ -252,12 +258,14 @@ def _blockwise_backward(
         grad_q[:, rows] = _ungroup(torch.bmm(d, keys[:, cols]), q[:, rows], heads)
         grad_k[:, cols] += torch.bmm(d.transpose(1, 2), block)
         grad_v[:, cols] += torch.bmm(p.transpose(1, 2), grad_block)
-    return grad_q, _ungroup(grad_k, k, heads).contiguous(), _ungroup(grad_v, v, heads).contiguous()
+    grad_k, grad_v = (_ungroup(x, k, heads).to(k.dtype).contiguous() for x in (grad_k, grad_v))
+    return grad_q, grad_k, grad_v
 
 
 @_blockwise_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, position: Tensor, document: Tensor,
-      scale: float, cap: float | None, window: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, position: Tensor,
+      document: Tensor, scale: float, cap: float | None, window: int,
+      ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

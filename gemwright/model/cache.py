@@ -1,7 +1,8 @@
-"""Keys and values of what the model has read: a growing cache for global layers, a rolling one for local layers.
+"""Keys and values of what the model has read: a growing cache for global layers, a rolling one for local.
 
-A local layer never looks further back than its window, so it keeps `window - 1` positions and the ones being added,
-whatever the length of the text. Keys are stored after RoPE, with their positions beside them: a mask needs nothing else.
+A local layer never looks further back than its window, so it keeps `window - 1` positions and the ones being
+added, whatever the length of the text. Keys are stored after RoPE, with their positions beside them: a mask
+needs nothing else.
 """
 
 import torch
@@ -22,7 +23,7 @@ class LayerCache:
     def extend(
         self, k: Float[Tensor, "B T G K"], v: Float[Tensor, "B T G K"], places: Places
     ) -> tuple[Float[Tensor, "B S G K"], Float[Tensor, "B S G K"], Places]:
-        """Add new keys and values; returns all that the new queries may need (a local layer then forgets the rest)."""
+        """Add keys and values; returns all that the new queries may need (a local layer forgets the rest)."""
         if self.held is not None:
             old_k, old_v, old = self.held
             k, v = torch.cat((old_k, k), 1), torch.cat((old_v, v), 1)

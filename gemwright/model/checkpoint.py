@@ -1,9 +1,9 @@
 """Checkpoints are Hugging Face directories, both ways.
 
-What is saved here, `transformers.AutoModelForCausalLM` loads, and the other way round: `config.json`, `model.safetensors`
-(in numbered parts with an index above a size), `generation_config.json`. Module names equal the keys of the file, so
-there is no table of names. Everything is strict: a missing tensor, a wrong shape or an unknown key is an error, because
-a checkpoint that half loads is a model that half works.
+What is saved here, `transformers.AutoModelForCausalLM` loads, and the other way round: `config.json`,
+`model.safetensors` (in numbered parts with an index above a size), `generation_config.json`. Module names
+equal the keys of the file, so there is no table of names. Everything is strict: a missing tensor, a wrong
+shape or an unknown key is an error, because a checkpoint that half loads is a model that half works.
 """
 
 import json
@@ -22,13 +22,13 @@ from gemwright.run import atomic, write_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
-# The only keys that are read and let go: the tied head's second name, and buffers of old exports that are recomputed.
+# The only keys that are read and let go: the tied head's second name, and buffers of old exports, recomputed.
 _TIED = "lm_head.weight"
 _RECOMPUTED = (".rotary_emb.inv_freq",)
 
 
 def save(model: Gemma, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write `model` as a Hugging Face directory. Each file appears whole or not at all, `config.json` last."""
+    """Write `model` as a Hugging Face directory. Each file appears whole or not at all, the config last."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     parts = _parts(tensors, max_shard_bytes)
@@ -67,11 +67,15 @@ def load_config(folder: Path) -> GemmaConfig:
         raise ValueError(
             f"{path} is damaged ({error}). Copy it from where the checkpoint came from."
         ) from None
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path} is damaged (it holds no keys). Copy it from where the checkpoint came from."
+        )
     return GemmaConfig.from_hf(data)
 
 
 def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Gemma:
-    """Load a checkpoint, in its own number format unless `dtype` is given. The model is not built twice in memory.
+    """Load a checkpoint, in its own number format unless `dtype` is given. It is not built twice in memory.
 
     Raises:
         FileNotFoundError: the folder, its config or one of its files is missing.
@@ -93,6 +97,11 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device
                 raise ValueError(
                     f"{folder}: {name} has shape {tuple(tensor.shape)}, but its config.json asks for "
                     f"{tuple(wanted[name].shape)}. Config and weights belong to different models."
+                )
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"{folder}: {name} holds {tensor.dtype}: quantised weights cannot be loaded. "
+                    "Fetch the checkpoint in bf16 or fp32."
                 )
             found[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
     missing = sorted(set(wanted) - set(found))
@@ -132,7 +141,7 @@ def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:
             files = sorted(
                 set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
             )
-        except (json.JSONDecodeError, KeyError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / INDEX} is damaged ({error!r}). Fetch it again.") from None
     else:
         files = [WEIGHTS]

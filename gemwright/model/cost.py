@@ -24,7 +24,10 @@ def parameters(config: GemmaConfig) -> int:
 
 
 def forward_flops(config: GemmaConfig, seq_len: int) -> float:
-    """FLOPs a token of a forward pass over `seq_len` tokens: 2 a weight (head included), and attention's two products."""
+    """FLOPs a token of a forward pass over `seq_len` tokens.
+
+    2 a weight (head included), and attention's two products.
+    """
     matrices = non_embedding_parameters(config) - (4 * config.num_layers + 1) * config.d_model
     keys = sum(
         _mean_keys(seq_len, config.window if kind is Attention.LOCAL else seq_len) for kind in config.pattern

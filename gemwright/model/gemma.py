@@ -1,8 +1,9 @@
 """The Gemma 2 architecture in one sitting (arXiv 2408.00118, section 2).
 
-Module names equal the keys of a Hugging Face checkpoint, so loading is the identity. The order of operations is that
-of Google's two code bases: embeddings scaled by sqrt(d_model) rounded to the activation's dtype; RMSNorm before AND
-after attention and feed-forward, in fp32, with weight 1 + w; RoPE on halves; soft-caps on attention and logits.
+Module names equal the keys of a Hugging Face checkpoint, so loading is the identity. The order of operations
+is that of Google's two code bases: embeddings scaled by sqrt(d_model) rounded to the activation's dtype;
+RMSNorm before AND after attention and feed-forward, in fp32, with weight 1 + w; RoPE on halves; soft-caps on
+attention and logits.
 """
 
 import math
@@ -104,7 +105,7 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config, kind)
         self.mlp = FeedForward(config)
-        # The checkpoint's names. In Gemma 2 "post_attention" is a norm on attention's OUTPUT, before the addition.
+        # The checkpoint's names. In Gemma 2 "post_attention" norms attention's OUTPUT, before the addition.
         self.input_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.pre_feedforward_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
@@ -143,10 +144,16 @@ class Gemma(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh weights: normal with `init_std`, norms at w = 0. The report is silent; the choice is ours."""
+        """Fresh weights: normal, norms at w = 0. The report is silent; the scale is ours.
+
+        Each block adds something of size 1 to the residual stream (its output is normed), so the embedding is
+        drawn to arrive there at size 1 too, d_model^-0.5 before its scale. At Hugging Face's 0.02 a narrow
+        model's tokens would begin as a whisper under its layers: the laptop teacher then learns more slowly
+        (LOG.md).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.init_std)
+                nn.init.normal_(module.weight, std=self.config.init_std or module.weight.shape[1] ** -0.5)
             elif isinstance(module, RMSNorm):
                 nn.init.zeros_(module.weight)
 
@@ -165,14 +172,14 @@ class Gemma(nn.Module):
 
         Args:
             places: positions and documents of a packed batch (`packed`). Without them a row is one document.
-            cache: keys and values of earlier calls, extended by this one; positions then go on where it stands.
+            cache: keys and values of earlier calls, extended by this one; positions go on where it stands.
         """
         if places is None:
             start = cache.length if cache is not None else 0
             position = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape)
             places = Places(position, torch.zeros_like(ids))
         x = self.model.embed_tokens(ids)
-        # The scale is rounded to the activation's dtype on purpose, as in Google's code: 59.75 for 9B in bf16.
+        # Rounded to the activation's dtype on purpose, as in Google's code: 59.75 for 9B in bf16.
         x = x * torch.tensor(math.sqrt(self.config.d_model), dtype=x.dtype, device=x.device)
         turn = rotary(places.position, self.config.head_dim, self.config.rope_theta)
         for index, layer in enumerate(self.model.layers):
@@ -187,19 +194,21 @@ class Gemma(nn.Module):
         places: Places | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """The capped logits of every position. For a loss over a large vocabulary use `hidden` with `losses`."""
+        """The capped logits of every position. For a loss over a large vocabulary, `hidden` with `losses`."""
         return head.logits(self.hidden(ids, places, cache), self.unembedding, self.config.final_softcap)
 
     def compile_layers(self) -> "Gemma":
-        """Compile layer by layer: local and global layers are two graphs, however deep the model. No-op if we can't."""
+        """Compile layer by layer: local and global layers are two graphs, at any depth. No-op if we can't."""
         if can_compile():
+            # All layers of all models share one counter; its default, 8, is one teacher and two students.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for layer in self.model.layers:
                 layer.compile()
         return self
 
 
 def packed(ids: Int[Tensor, "B T"], bos_id: int) -> Places:
-    """The places of a packed batch: a document starts at each <bos> (and at each row), positions count from there."""
+    """The places of a packed batch: a document starts at each <bos> (and row), positions count from there."""
     starts = ids == bos_id
     index = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     return Places(index - torch.where(starts, index, 0).cummax(1).values, starts.cumsum(1))

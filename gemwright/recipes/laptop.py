@@ -1,13 +1,14 @@
 """The laptop recipe: the Gemma 2 result in minutes, on a CPU, on text that every machine has.
 
-A tokenizer, shards, a teacher trained from scratch; then, several times over, a student distilled from it and its twin
-trained from scratch: the same weights to begin with, the same tokens in the same order as often, only the loss differs.
-Each function below returns the whole config of one stage, in order; `run` goes through them, skipping what is finished.
+A tokenizer, shards, a teacher trained from scratch; then, several times over, a student distilled from it and
+its twin trained from scratch: the same weights to begin with, the same tokens in the same order as often,
+only the loss differs. Each function below returns the whole config of one stage, in order; `run` goes through
+them, skipping what is finished.
 
-The comparison is fair on purpose. The learning rate is chosen for the student and for the twin apart, each by its own
-validation loss. The teacher has more than four times the student's parameters and has read more text, as in the report
-(a 7B teacher for the 2B of Table 6); the student sees few distinct tokens, and a curve shows how the gain shrinks as it
-sees more (arXiv 2502.08606 predicts that it does).
+The comparison is fair on purpose. The learning rate is chosen for the student and for the twin apart, each by
+its own validation loss. The teacher has more than four times the student's parameters and has read more text,
+as in the report (a 7B teacher for the 2B of Table 6). The student sees few distinct tokens, and a curve shows
+how the gain shrinks as it sees more (arXiv 2502.08606 predicts that it does).
 """
 
 import shutil
@@ -45,7 +46,7 @@ PROMPTS = ("def __init__(self", "import os\n", "class Error(")
 class EvaluationConfig(Config):
     """The benchmarks made from the corpus, and samples of text."""
 
-    items: int = 200
+    items: int = 150
     """Questions a benchmark."""
     seed: int = 0
     """Of the questions."""
@@ -75,6 +76,7 @@ def teacher() -> PretrainConfig:
         ),
         max_tokens=800_000,
         validation_tokens=20_000,
+        held_out_tokens=60_000,
     )  # fmt: skip
 
 
@@ -83,11 +85,13 @@ def student(seed: int, lr: float, tokens: int = TOKENS) -> PretrainConfig:
     return PretrainConfig(
         model=_model(layers=2, d_model=64, heads=2, head_dim=32),
         train=TrainConfig(
-            steps=EPOCHS * TOKENS // (BATCH * SEQ_LEN), batch_size=BATCH, seq_len=SEQ_LEN, optim=OptimConfig(lr=lr),
-            validate_every=100, save_every=100, seed=seed,
+            steps=EPOCHS * TOKENS // (BATCH * SEQ_LEN), batch_size=BATCH, seq_len=SEQ_LEN,
+            optim=OptimConfig(lr=lr), validate_every=100, save_every=100, seed=seed,
+            compile=False,  # too small for it to pay (LOG.md)
         ),
         max_tokens=tokens,
         validation_tokens=20_000,
+        held_out_tokens=60_000,
         seed=seed,
     )  # fmt: skip
 
@@ -104,9 +108,7 @@ def run(root: Path, corpus: Path | None = None, *, fresh: bool = False) -> Path:
         ValueError: too little text, a corpus folder that holds `root`, or a `root` made from other text.
     """
     if corpus is not None and root.resolve().is_relative_to(corpus.resolve()):
-        raise ValueError(
-            f"the corpus {corpus} holds {root}, so the results would become part of it. Move one of them."
-        )
+        raise ValueError(f"the corpus {corpus} holds {root}, so results would become text. Move one of them.")
     text = Corpus.folder(corpus) if corpus else Corpus.standard_library()
     questions = build_tasks(
         [d.text for d in text.documents("held_out")], evaluation().items, evaluation().seed
@@ -145,7 +147,8 @@ def run(root: Path, corpus: Path | None = None, *, fresh: bool = False) -> Path:
 
     page = write(root, cards, text)
     say(
-        f'the report is {page}. Next: gemwright generate {root / "distilled"} "def __init__(self" --max-tokens 40'
+        f"the report is {page}. "
+        f'Next: gemwright generate {root / "distilled"} "def __init__(self" --max-tokens 40'
     )
     return page
 
@@ -174,7 +177,7 @@ def _evaluate(config: EvaluationConfig, root: Path, names: list[str], questions:
 
 
 def _adopt(source: Path, target: Path) -> None:
-    """Let the best run of a sweep be the run of the first seed: the config is the same, so it need not run again."""
+    """Let the best run of a sweep be the first seed's run: the config is the same, why run it again."""
     if not target.exists():
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -183,8 +186,9 @@ def _adopt(source: Path, target: Path) -> None:
 
 
 def _model(layers: int, d_model: int, heads: int, head_dim: int) -> GemmaConfig:
-    """A Gemma 2 in small: d_ff = 4 d_model, two query heads to a key/value head, windows that bite at 128 tokens."""
+    """A small Gemma 2: d_ff = 4 d_model, two query heads to a key/value head, windows that bite at 128."""
     return GemmaConfig(
         d_model=d_model, d_ff=4 * d_model, num_heads=heads, num_kv_heads=heads // 2, head_dim=head_dim,
-        pattern=alternating(layers), vocab_size=VOCABULARY, query_pre_attn_scalar=head_dim, window=64, max_seq_len=512,
+        pattern=alternating(layers), vocab_size=VOCABULARY, query_pre_attn_scalar=head_dim, window=64,
+        max_seq_len=512,
     )  # fmt: skip

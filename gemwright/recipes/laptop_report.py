@@ -1,4 +1,4 @@
-"""The page that the laptop recipe ends with: teacher, student and twin side by side, from the stages' cards alone."""
+"""The page at the end of the laptop recipe: teacher, student and twin side by side, from the cards alone."""
 
 import math
 from pathlib import Path
@@ -52,25 +52,26 @@ def write(root: Path, cards: dict[str, Card], corpus: Corpus) -> Path:
         "seconds": {"total": round(sum(seconds.values()), 1), **seconds},
         "corpus": corpus.facts,
         "code": cards["teacher"].code,
-        "table": f"{table}\n\nrecovered share of the gap: {recovered:.0%}; {sum(seconds.values()):.0f} s in all",
+        "table": f"{table}\n\nrecovered: {recovered:.0%} of the gap; {sum(seconds.values()):.0f} s in all",
     }
     page = Report("A student distilled, and its twin from scratch", data)
     page.text(
         f"Text: {corpus.name}. The student and its twin begin with the same weights and see the same "
-        f"{laptop.TOKENS:,} tokens {laptop.EPOCHS} times; the one learns from the teacher's distribution, the other from "
-        f"the next token. Distillation recovers {recovered:.0%} of the distance between twin and teacher."
+        f"{laptop.TOKENS:,} tokens {laptop.EPOCHS} times; the one learns from the teacher's distribution, "
+        "the other from the next token. "
+        f"Distillation recovers {recovered:.0%} of the distance from twin to teacher."
     )
     page.table(header, rows)
     page.text(
-        "Nats a token and accuracy (per cent, a quarter by guessing) are measured on held-out modules or files. "
-        f"Spread: standard deviation over {len(laptop.SEEDS)} seeds of student and twin; the teacher is one. The report "
-        "(arXiv 2408.00118, Table 6) has 67.7 for a 2B distilled from a 7B against 60.3 from scratch, an average of three "
-        "benchmarks that it does not name: compare the direction, not the size.",
+        "Nats a token and accuracy (per cent; guessing: 25) are measured on held-out modules or files. "
+        f"Spread: standard deviation over {len(laptop.SEEDS)} seeds of student and twin; the teacher is one. "
+        "The report (arXiv 2408.00118, Table 6) has 67.7 for a 2B distilled from a 7B against 60.3 from "
+        "scratch, an average of three benchmarks that it does not name: compare direction, not size.",
         note=True,
     )
     page.heading("Validation while training")
     page.plot(
-        [Series(NAMES[kind], *_validation(root / kind), colour=None if kind == "teacher" else None) for kind in KINDS[1:]],
+        [Series(NAMES[kind], *_validation(root / kind)) for kind in KINDS[1:]],
         x="updates", y="nats a token", caption="First seed.",
     )  # fmt: skip
     page.heading("Learning rates")
@@ -78,12 +79,12 @@ def write(root: Path, cards: dict[str, Card], corpus: Corpus) -> Path:
         "Chosen apart for each, by validation loss with the first seed; the other seeds take the chosen rate."
     )
     sweep = data["sweep"]
-    page.table(["learning rate", *(NAMES[k] for k in KINDS[1:])],
-               [[rate, *(f"{sweep[k][rate]:.3f}" for k in KINDS[1:])] for rate in sweep["scratch"]])  # fmt: skip
+    rates = [[rate, *(f"{sweep[kind][rate]:.3f}" for kind in KINDS[1:])] for rate in sweep["scratch"]]
+    page.table(["learning rate", *(NAMES[kind] for kind in KINDS[1:])], rates)
     page.heading("The gain shrinks as the student sees more")
     page.text(
-        "The same number of updates over fewer or more distinct tokens. With enough text of its own a student "
-        "needs the teacher less (arXiv 2502.08606)."
+        "The same number of updates over fewer or more distinct tokens. "
+        "With enough text of its own a student needs the teacher less (arXiv 2502.08606)."
     )
     page.plot(
         [Series(NAMES[k], curve["tokens"], curve[k]) for k in KINDS[1:]],
@@ -105,7 +106,7 @@ def _percent(stats: dict[str, Any]) -> dict[str, Any]:
 
 def _validation(folder: Path) -> tuple[list[float], list[float]]:
     rows = [row for row in read_metrics(folder) if "validation" in row]
-    return [row["step"] for row in rows], [row["validation"] for row in rows]
+    return [float(row["step"]) for row in rows], [row["validation"] for row in rows]
 
 
 def _sweep(cards: dict[str, Card]) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
-"""The one training loop. A method is a loss, `loss(model, batch) -> (sum over tokens, metrics)`; everything else is here.
+"""The one training loop: a method is a loss, `loss(model, batch) -> (sum over tokens, metrics)`.
 
-The loss of a step is normalised by the number of target tokens of the WHOLE step, over all its micro-batches: the
-average of averages, which is easy to write, weighs tokens by the length of their neighbours.
+The loss of a step is normalised by the number of target tokens of the WHOLE step, over all its micro-batches:
+the average of averages, which is easy to write, weighs tokens by the length of their neighbours.
 """
 
 import math
@@ -117,8 +117,9 @@ def train(
             if not (math.isfinite(value) and math.isfinite(norm)):
                 state = resume.save_state(folder.path, step, model, optimizer)
                 raise NonFiniteError(
-                    f"the loss of update {step + 1} is {value} (gradient norm {norm}). The weights before it are kept in "
-                    f"{state}. Lower optim.lr (now {config.optim.lr}) or optim.clip, then start anew with --fresh."
+                    f"the loss of update {step + 1} is {value} (gradient norm {norm}). The weights before it "
+                    f"are kept in {state}. Lower optim.lr (now {config.optim.lr}) or optim.clip, then start "
+                    "anew with --fresh."
                 )
             row = {"step": step + 1, "loss": value, **metrics, "lr": lr, "grad_norm": norm}
             if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:

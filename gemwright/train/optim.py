@@ -39,7 +39,7 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """The rate of update `step` (counted from 0) of `steps`: linear warm-up, then cosine to `min_lr_ratio`."""
+    """The rate of update `step` (from 0) of `steps`: linear warm-up, then a cosine towards `min_lr_ratio`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)

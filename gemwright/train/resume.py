@@ -1,8 +1,9 @@
 """The state of a running job on disk: what a killed run goes on from, to the last bit.
 
-`resume/step-000120/` holds the model as a checkpoint like any other, the optimiser's moments beside it in safetensors,
-and the step. There is no more state than that: the order of the data and the learning rate are functions of the step,
-and the loop draws no random numbers. A folder appears by renaming, so it is whole or it is not there.
+`resume/step-000120/` holds the model as a checkpoint like any other, the optimiser's moments beside it in
+safetensors, and the step. There is no more state than that: the order of the data and the learning rate are
+functions of the step, and the loop draws no random numbers. A folder appears by renaming, so it is whole or
+it is not there.
 """
 
 import json
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gemwright.model import checkpoint
 from gemwright.model.gemma import Gemma
-from gemwright.run import RESUME, write_json
+from gemwright.run import RESUME, atomic, write_json
 
 
 def save_state(folder: Path, step: int, model: Gemma, optimizer: torch.optim.Optimizer) -> Path:
@@ -31,7 +32,8 @@ def save_state(folder: Path, step: int, model: Gemma, optimizer: torch.optim.Opt
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-    save_file(moments, partial / "optimizer.safetensors")
+    with atomic(partial / "optimizer.safetensors") as path:  # synced, or a power cut could tear it
+        save_file(moments, path)
     write_json(partial / "state.json", {"step": step})
     partial.rename(target)
     for other in saved_steps(folder)[:-1]:
@@ -41,11 +43,11 @@ def save_state(folder: Path, step: int, model: Gemma, optimizer: torch.optim.Opt
 
 def saved_steps(folder: Path) -> list[Path]:
     """The whole states of a run folder, oldest first."""
-    return sorted((folder / RESUME).glob("step-*"))
+    return sorted((folder / RESUME).glob("step-*"), key=lambda state: int(state.name.removeprefix("step-")))
 
 
 def load_state(folder: Path, model: Gemma, optimizer: torch.optim.Optimizer) -> int:
-    """Put the newest state into model and optimiser; returns the updates made so far, 0 if there is no state."""
+    """Put the newest state into model and optimiser; returns the updates made so far, 0 without a state."""
     states = saved_steps(folder)
     if not states:
         return 0
@@ -56,7 +58,7 @@ def load_state(folder: Path, model: Gemma, optimizer: torch.optim.Optimizer) -> 
         state = {
             key.rpartition(":")[2]: value for key, value in moments.items() if key.rpartition(":")[0] == name
         }
-        # `step` is counted on the CPU unless torch keeps it elsewhere; the moments live beside their parameter.
+        # `step` is counted on the CPU unless torch keeps it elsewhere; moments live beside their parameter.
         optimizer.state[parameter] = {
             key: value if key == "step" and not parameter.is_cuda else value.to(parameter.device)
             for key, value in state.items()

@@ -1,7 +1,8 @@
 """The teacher in pre-training: a frozen model that sees the student's batch and hands over its hidden states.
 
-Hidden states and not logits: the loss unembeds both sides a chunk at a time (`losses/dense.py`), so the teacher's
-distribution over the vocabulary never exists for a whole batch. The teacher runs in its own number format.
+Hidden states and not logits: the loss unembeds both sides a chunk at a time (`losses/dense.py`), so the
+teacher's distribution over the vocabulary never exists for a whole batch. The teacher runs in its own number
+format.
 """
 
 from pathlib import Path
@@ -25,17 +26,8 @@ class Teacher:
 
     @classmethod
     def load(cls, folder: Path, tokenizer_sha256: str, device: torch.device | str = "cpu") -> "Teacher":
-        """Load a teacher whose tokenizer is the student's.
-
-        Raises:
-            ValueError: the teacher was trained with another tokenizer, so its ids mean other pieces.
-        """
-        theirs = Tokenizer.load(folder).sha256
-        if theirs != tokenizer_sha256:
-            raise ValueError(
-                f"the teacher {folder} has another tokenizer (sha256 {theirs[:12]}) than the shards "
-                f"({tokenizer_sha256[:12]}): the same id would mean different pieces. Make shards with the teacher's."
-            )
+        """Load a teacher whose tokenizer is the student's; errors as `require_same_tokenizer`."""
+        require_same_tokenizer(folder, tokenizer_sha256)
         return cls(checkpoint.load(folder, device=device).compile_layers())
 
     @torch.no_grad()
@@ -43,6 +35,17 @@ class Teacher:
         """The teacher's final hidden states for a batch of the student's."""
         with torch.autocast(batch.ids.device.type, enabled=False):
             return self.model.hidden(batch.ids, batch.places)
+
+
+def require_same_tokenizer(teacher: Path, tokenizer_sha256: str) -> None:
+    """Raise ValueError for a teacher with another tokenizer than the shards': its ids mean other pieces."""
+    theirs = Tokenizer.load(teacher).sha256
+    if theirs != tokenizer_sha256:
+        raise ValueError(
+            f"the teacher {teacher} has another tokenizer (sha256 {theirs[:12]}) than the shards "
+            f"({tokenizer_sha256[:12]}): the same id would mean different pieces. "
+            "Make shards with the teacher's."
+        )
 
 
 def next_token(model: Gemma, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, float]]:
@@ -59,14 +62,18 @@ def next_token(model: Gemma, batch: Batch) -> tuple[Float[Tensor, ""], dict[str,
 
 
 def distillation(teacher: Teacher) -> Loss:
-    """The loss of distillation: the summed forward KL to the teacher's whole distribution, and nothing mixed in."""
+    """The loss of distillation: the summed forward KL to the teacher's distribution, nothing mixed in."""
 
     def loss(model: Gemma, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, float]]:
         total = dense.forward_kl(
-            model.hidden(batch.ids, batch.places).flatten(0, 1), model.unembedding,
-            teacher.hidden(batch).flatten(0, 1), teacher.model.unembedding,
-            batch.weights.flatten(), cap=model.config.final_softcap, teacher_cap=teacher.model.config.final_softcap,
-        )  # fmt: skip
+            model.hidden(batch.ids, batch.places).flatten(0, 1),
+            model.unembedding,
+            teacher.hidden(batch).flatten(0, 1),
+            teacher.model.unembedding,
+            batch.weights.flatten(),
+            cap=model.config.final_softcap,
+            teacher_cap=teacher.model.config.final_softcap,
+        )
         return total, {}
 
     return loss
