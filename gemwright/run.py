@@ -124,6 +124,8 @@ def run_stage(
                 say(f"{stage}: {out} is finished already ({old.seconds:.0f} s), nothing to do")
                 return old
             say(f"{stage}: going on in {out}")
+        for leftover in out.rglob(".*.partial-*"):  # of a process that was killed while it wrote
+            leftover.unlink()
         write_json(out / CARD, asdict(card))
         folder = RunFolder(out)
         try:

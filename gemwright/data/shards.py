@@ -88,8 +88,6 @@ def run(
 
     def work(folder: RunFolder) -> dict[str, Any]:
         tokenizer = Tokenizer.load(tokenizer_folder)
-        for leftover in folder.path.glob(".*.partial-*"):  # of a process that was killed while it wrote
-            leftover.unlink()
         manifest = _pack(config, folder, corpus, tokenizer)
         write_json(folder.path / MANIFEST, manifest.to_dict())
         return {f"{name}_tokens": split.tokens for name, split in manifest.splits.items()}

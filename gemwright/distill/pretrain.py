@@ -89,14 +89,14 @@ def tokenizer_of(shards: Path) -> Tokenizer:
 def _work(
     config: PretrainConfig, folder: RunFolder, data: Shards, tokenizer: Tokenizer, teacher: Path | None
 ) -> dict[str, Any]:
-    for leftover in folder.path.glob(".*.partial-*"):  # of a process that was killed while it wrote
-        leftover.unlink()
     device = pick_device()
     seed_everything(config.seed)
     model = Gemma(config.model).to(device)
     loss = next_token
     if teacher is not None:
-        loss = distillation(Teacher.load(teacher, data.manifest.tokenizer_sha256, device))
+        loss = distillation(
+            Teacher.load(teacher, data.manifest.tokenizer_sha256, device, compiled=config.train.compile)
+        )
 
     def windows(split: Split, max_tokens: int | None) -> Windows:
         return Windows(data, split, config.train.seq_len, seed=config.train.seed, max_tokens=max_tokens)

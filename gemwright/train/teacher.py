@@ -25,10 +25,13 @@ class Teacher:
         self.model = model.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, folder: Path, tokenizer_sha256: str, device: torch.device | str = "cpu") -> "Teacher":
+    def load(
+        cls, folder: Path, tokenizer_sha256: str, device: torch.device | str = "cpu", *, compiled: bool = True
+    ) -> "Teacher":
         """Load a teacher whose tokenizer is the student's; errors as `require_same_tokenizer`."""
         require_same_tokenizer(folder, tokenizer_sha256)
-        return cls(checkpoint.load(folder, device=device).compile_layers())
+        model = checkpoint.load(folder, device=device)
+        return cls(model.compile_layers() if compiled else model)
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Float[Tensor, "B T E"]:
