@@ -5,7 +5,10 @@
 >>> model.generate("def __init__(self")
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemwright.generate.language_model import load
 
 __all__ = ["load"]
 
