@@ -119,10 +119,9 @@ def _svg(series: Sequence[Series], x: str, y: str, log_x: bool) -> str:
         figure = Figure(figsize=(7.5, 4), layout="constrained")
         axes = figure.subplots()
         for line in series:
-            colour = line.colour or COLOURS.get(line.name.split()[0])
             marker = "o" if len(line.x) < 10 else None
             axes.errorbar(
-                line.x, line.y, yerr=line.spread, label=line.name, color=colour, marker=marker, capsize=3
+                line.x, line.y, yerr=line.spread, label=line.name, color=line.colour, marker=marker, capsize=3
             )
         axes.set_xlabel(x)
         axes.set_ylabel(y)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gemwright.report import Report, Series, mean_std, plus_minus, text_table
+from gemwright.report import COLOURS, Report, Series, mean_std, plus_minus, text_table
 
 EVIL = "<script>alert('x')</script> & \"<b>\" ]]>"
 
@@ -105,7 +105,10 @@ def test_other_numbers_give_another_plot():
 def test_the_labels_of_a_plot_are_text_and_its_colours_say_who_is_who():
     report = Report("a", {})
     report.plot(
-        [Series("teacher", [1.0, 2.0], [1.0, 2.0]), Series("other", [1.0], [2.0], colour="#123456")],
+        [
+            Series("teacher", [1.0, 2.0], [1.0, 2.0], colour=COLOURS["teacher"]),
+            Series("other", [1.0], [2.0], colour="#123456"),
+        ],
         x="updates",
         y="nats",
     )

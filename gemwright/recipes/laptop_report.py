@@ -6,7 +6,7 @@ from typing import Any
 
 from gemwright.data.sources import Corpus
 from gemwright.recipes import laptop
-from gemwright.report import Report, Series, mean_std, plus_minus, text_table
+from gemwright.report import COLOURS, Report, Series, mean_std, plus_minus, text_table
 from gemwright.run import Card, read_metrics
 
 KINDS = ("teacher", "distilled", "scratch")
@@ -71,7 +71,7 @@ def write(root: Path, cards: dict[str, Card], corpus: Corpus) -> Path:
     )
     page.heading("Validation while training")
     page.plot(
-        [Series(NAMES[kind], *_validation(root / kind)) for kind in KINDS[1:]],
+        [Series(NAMES[k], *_validation(root / k), colour=COLOURS[k]) for k in KINDS[1:]],
         x="updates", y="nats a token", caption="First seed.",
     )  # fmt: skip
     page.heading("Learning rates")
@@ -87,7 +87,7 @@ def write(root: Path, cards: dict[str, Card], corpus: Corpus) -> Path:
         "With enough text of its own a student needs the teacher less (arXiv 2502.08606)."
     )
     page.plot(
-        [Series(NAMES[k], curve["tokens"], curve[k]) for k in KINDS[1:]],
+        [Series(NAMES[k], curve["tokens"], curve[k], colour=COLOURS[k]) for k in KINDS[1:]],
         x="distinct tokens", y="held-out nats a token", log_x=True,
     )  # fmt: skip
     page.heading("Samples")
