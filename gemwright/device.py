@@ -34,7 +34,7 @@ def seed_everything(seed: int) -> None:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next step (no-op off Linux): up to a fifth faster on a CPU.
+    """Let glibc keep what is freed for the next step (no-op off Linux): faster on a CPU (LOG.md).
 
     By default every large temporary is mapped afresh, and the kernel clears its pages at each use.
     """

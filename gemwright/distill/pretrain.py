@@ -35,7 +35,7 @@ class PretrainConfig(Config):
     validation_tokens: int | None = Field(default=None, gt=0)
     """Tokens of each validation; None: all of the split."""
     held_out_tokens: int | None = Field(default=None, gt=0)
-    """Tokens of the measurement at the end, on text that nothing was chosen by; None: all."""
+    """Tokens of the measurement at the end, on text that no run chooses by; None: all."""
     seed: int = 0
     """Of the weights; `train.seed` orders the data."""
 

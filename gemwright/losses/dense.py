@@ -22,7 +22,7 @@ from gemwright.model import head
 
 CHUNK_BYTES = 256 << 20
 """Logits held at a time, all copies together."""
-_MOST_ROWS = 512  # measured on a CPU: more feed the GEMMs no better, and the chunk leaves the cache
+_MOST_ROWS = 512  # ours: enough rows for the GEMMs; what was measured did not settle it (LOG.md)
 
 Chunk = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """Rows, the head's weight in fp32 -> their summed loss, its gradient with respect to the raw logits."""

@@ -24,8 +24,8 @@ from gemwright.device import can_compile
 from gemwright.model.head import softcap, softcap_by_exp, softcap_slope
 
 QUERY_BLOCK = 128
-"""Queries a block. 64 to 256 measured alike on a CPU: smaller wastes less above the diagonal, larger feeds
-the GEMMs."""
+"""Queries a block. 64 to 256 ran alike within a CPU's noise: smaller wastes less above the diagonal, larger
+feeds the GEMMs."""
 
 
 class Places(NamedTuple):

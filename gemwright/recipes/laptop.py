@@ -43,7 +43,7 @@ EPOCHS = 4
 """How often student and twin see the main curve's tokens; the other points take as many steps."""
 VOCABULARY, SEQ_LEN = 2048, 128
 BATCH = 8
-"""Rows an update. So small, compiled layers are no faster than eager ones, and take a minute to compile."""
+"""Rows an update. So small, compiled layers are no faster than eager ones, and compiling takes its time."""
 PROMPTS = ("def __init__(self", "import os\n", "class Error(")
 
 

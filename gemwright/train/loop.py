@@ -41,7 +41,7 @@ class TrainConfig(Config):
     precision: Precision = "fp32"
     """Arithmetic of the layers; weights, losses and moments are fp32 either way."""
     compile: bool = True
-    """Compile the layers where that is possible."""
+    """Compile the layers, a teacher's too, where that is possible."""
     validate_every: int = Field(default=100, gt=0)
     """Updates between validations; there is always one at the end."""
     save_every: int = Field(default=100, gt=0)
