@@ -1,4 +1,4 @@
-"""The only place that picks a device, a number format, a seed, or compiled against eager code."""
+"""The only place that picks a device, number format, seed, rank, or compiled against eager code."""
 
 import ctypes
 import functools
@@ -7,18 +7,59 @@ import random
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is a GPU, else the CPU. `CUDA_VISIBLE_DEVICES=` (empty) keeps a run on the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """CUDA where there is a GPU, this rank's own; else the CPU, as with an empty `CUDA_VISIBLE_DEVICES`."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a torchrun; without one, the only rank of one."""
+
+    rank: int = 0
+    size: int = 1
+
+    def first_says(self, word: str = "") -> str:
+        """What the first rank says here, on every rank; the others wait for it."""
+        said = [word]
+        if self.size > 1:
+            dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def wait(self) -> None:
+        """Go on when every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Join the other processes of a torchrun, if there are any, for as long as the block lasts."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Ranks()
+        return
+    # Ranks may have hours of work between two meetings; of one that died, torchrun itself ends the others.
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
@@ -57,6 +98,33 @@ def can_compile() -> bool:
     if reason:
         print(f"gemwright: {reason}", file=sys.stderr, flush=True)
     return not reason
+
+
+@functools.cache
+def fused(kernel: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    """An elementwise kernel compiled once for all shapes, so that memory is read and written once a pass.
+
+    Args:
+        static: keyword arguments that are constants of the compiled code, as floats among its other
+            arguments are: each new one compiles anew.
+    """
+    kernel = functools.partial(kernel, **static)
+    if not can_compile():
+        return kernel
+    from torch.fx.experimental import _config as shapes
+
+    # One kernel is compiled anew for every set of constants, and all of them share one counter.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    compiled = torch.compile(kernel, dynamic=True)
+    duck: Any = shapes  # its settings are made at import
+
+    def call(*args: Any) -> Any:
+        # Two sizes that happen to be equal at the first call would else be taken for one, and compiled anew;
+        # a float would become an argument in fp64, and the arithmetic around it too.
+        with duck.patch(use_duck_shape=False), torch._dynamo.config.patch(specialize_float=True):
+            return compiled(*args)
+
+    return call
 
 
 def _why_not_compile() -> str:

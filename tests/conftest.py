@@ -44,8 +44,8 @@ def eagerly(eager: bool) -> None:
     os.environ.pop("GEMWRIGHT_COMPILE", None)
     if value is not None:
         os.environ["GEMWRIGHT_COMPILE"] = value
-    for module in ("device", "model.attention", "losses.dense"):  # they remember what they were told
-        for name in ("can_compile", "_fused", "_flex_attention"):
+    for module in ("device", "model.attention"):  # they remember what they were told
+        for name in ("can_compile", "fused", "_flex_attention"):
             remembered = getattr(sys.modules.get(f"gemwright.{module}"), name, None)
             if hasattr(remembered, "cache_clear"):
                 remembered.cache_clear()
@@ -122,6 +122,20 @@ def shards_folder(text_folder: Path, tokenizer_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few_shards_folder(text_folder: Path, tokenizer_folder: Path) -> Path:
+    """A fifth of it, packed: small enough to go through all of it."""
+    from gemwright.data.shards import ShardsConfig, run
+    from gemwright.data.sources import Corpus
+
+    few = tokenizer_folder.parent / "few"
+    few.mkdir()
+    for path in sorted(text_folder.iterdir())[:20]:
+        (few / path.name).write_bytes(path.read_bytes())
+    run(ShardsConfig(), tokenizer_folder.parent / "few-shards", Corpus.folder(few), tokenizer_folder)
+    return tokenizer_folder.parent / "few-shards"
+
+
+@pytest.fixture(scope="session")
 def tiny() -> "GemmaConfig":
     """A model for that tokenizer, whose window bites after 8 tokens."""
     from gemwright.model.config import GemmaConfig, alternating
@@ -130,3 +144,17 @@ def tiny() -> "GemmaConfig":
         d_model=32, d_ff=64, num_heads=2, num_kv_heads=1, head_dim=16, pattern=alternating(2),
         vocab_size=700, query_pre_attn_scalar=16, window=8, max_seq_len=64,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tiny: "GemmaConfig", tokenizer_folder: Path) -> Path:
+    """A wider model with that tokenizer and weights at random, large enough that it is sure of something."""
+    from gemwright.model import checkpoint
+    from gemwright.model.gemma import Gemma
+    from gemwright.tokenizer.tokenizer import Tokenizer
+
+    folder = tokenizer_folder.parent / "random-teacher"
+    torch.manual_seed(2)
+    checkpoint.save(Gemma(tiny.but(d_model=48, d_ff=96, final_softcap=20.0, init_std=0.4)), folder)
+    Tokenizer.load(tokenizer_folder).save(folder)
+    return folder

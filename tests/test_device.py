@@ -37,9 +37,68 @@ def cpu_with_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
-    for available, kind in ((True, "cuda"), (False, "cpu")):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for available, kind in ((True, "cuda:0"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert device.pick_device() == torch.device(kind)
+
+
+def test_every_rank_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    taken = []
+    for rank in range(5):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        taken.append(device.pick_device().index)
+    assert taken == [0, 1, 2, 0, 1]
+
+
+def test_without_torchrun_there_is_one_rank_that_waits_for_nobody(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with device.process_group() as ranks:
+        assert ranks == device.Ranks(rank=0, size=1)
+        assert ranks.first_says("go") == "go"
+        ranks.wait()
+        assert not torch.distributed.is_initialized()
+
+
+def test_a_torchrun_of_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with device.process_group() as ranks:
+        assert ranks.size == 1
+        assert not torch.distributed.is_initialized()
+
+
+def scaled(x: torch.Tensor, y: torch.Tensor, factor: float, offset: float | None = None) -> torch.Tensor:
+    return x * factor + y if offset is None else x * factor + y + offset
+
+
+def test_a_fused_kernel_gets_its_constants_by_name_and_the_rest_by_place(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GEMWRIGHT_COMPILE", "0")
+    device.fused.cache_clear()
+    x, y = torch.randn(3), torch.randn(3)
+    assert torch.equal(device.fused(scaled, factor=2.0)(x, y), x * 2 + y)
+    assert torch.equal(device.fused(scaled, factor=3.0, offset=1.0)(x, y), x * 3 + y + 1)
+    assert torch.equal(device.fused(scaled, offset=None)(x, y, 5.0), x * 5 + y)
+    device.fused.cache_clear()
+
+
+def test_a_kernel_is_fused_once_for_each_set_of_constants(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GEMWRIGHT_COMPILE", "0")
+    device.fused.cache_clear()
+    assert device.fused(scaled, factor=2.0) is device.fused(scaled, factor=2.0)
+    assert device.fused(scaled, factor=2.0) is not device.fused(scaled, factor=3.0)
+    device.fused.cache_clear()
+
+
+@pytest.mark.compiled
+def test_a_compiled_kernel_agrees_for_every_shape_and_constant():
+    device.fused.cache_clear()
+    for rows, factor in ((4, 2.0), (9, 2.0), (9, 0.1)):
+        x, y = torch.randn(rows, 8), torch.randn(rows, 8)
+        torch.testing.assert_close(device.fused(scaled, factor=factor)(x, y), scaled(x, y, factor))
+        torch.testing.assert_close(device.fused(scaled)(x, y, factor), scaled(x, y, factor))
+    device.fused.cache_clear()
 
 
 def test_fp32_and_bf16_are_offered_and_fp16_is_not():

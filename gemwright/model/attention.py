@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gemwright.device import can_compile
+from gemwright.device import can_compile, fused
 from gemwright.model.head import softcap, softcap_by_exp, softcap_slope
 
 QUERY_BLOCK = 128
@@ -186,23 +186,6 @@ def _weigh_backward(
     return p.to(scores.dtype), d.to(scores.dtype)
 
 
-@functools.cache
-def _fused(kernel):
-    """The kernel compiled once for all shapes: memory is read and written once, not at every operation."""
-    if not can_compile():
-        return kernel
-    from torch.fx.experimental import _config as shapes
-
-    compiled = torch.compile(kernel, dynamic=True)
-
-    def call(*args):
-        # Two sizes that happen to be equal at the first call would else be taken for one, and compiled anew.
-        with shapes.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue] - made at import
-            return compiled(*args)
-
-    return call
-
-
 @torch.library.custom_op("gemwright::blockwise_attention", mutates_args=())
 def _blockwise(
     q: Tensor, k: Tensor, v: Tensor, position: Tensor, document: Tensor, scale: float, cap: float | None,
@@ -217,7 +200,7 @@ def _blockwise(
         rows, cols = slice(start, start + QUERY_BLOCK), slice(max(0, start - window + 1), start + QUERY_BLOCK)
         block = _group(q[:, rows], heads)
         scores = torch.bmm(block, keys[:, cols].transpose(1, 2))
-        p, lse[..., rows] = _fused(_weigh)(
+        p, lse[..., rows] = fused(_weigh)(
             scores.view(*lse[..., rows].shape, -1), _cut(position, document, rows),
             _cut(position, document, cols), scale, cap, window,
         )  # fmt: skip
@@ -249,7 +232,7 @@ def _blockwise_backward(
         scores = torch.bmm(block, keys[:, cols].transpose(1, 2))
         slopes = torch.bmm(grad_block, values[:, cols].transpose(1, 2))
         shape = (*lse[..., rows].shape, -1)
-        p, d = _fused(_weigh_backward)(
+        p, d = fused(_weigh_backward)(
             scores.view(shape), slopes.view(shape), lse[..., rows], inner.view(shape[:-1]),
             _cut(position, document, rows), _cut(position, document, cols),
             scale, cap, window,

@@ -6,10 +6,15 @@ probabilities alike (report, section 2). Logits are fp32 whatever the weights: b
 between 16 and 32.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+_LOG2_E = math.log2(math.e)
+_BLOCK_BYTES = 32 << 20  # of a head in bf16, cast to fp32 at a time
 
 
 def softcap(scores: Float[Tensor, "*N S"], cap: float | None) -> Float[Tensor, "*N S"]:
@@ -22,9 +27,14 @@ def softcap_by_exp(scores: Float[Tensor, "*N S"], cap: float | None) -> Float[Te
 
     On a CPU a vectorised exp is three times as fast as a vectorised tanh. It differs from `softcap` by
     rounding only (at most 1e-7 of the cap), but its automatic derivative is NaN where exp overflows: use
-    `softcap_slope`.
+    `softcap_slope`. A power of two, as `exp` below.
     """
-    return scores if cap is None else cap - 2 * cap / (torch.exp(scores * (2 / cap)) + 1)
+    return scores if cap is None else cap - 2 * cap / (torch.exp2(scores * (2 * _LOG2_E / cap)) + 1)
+
+
+def exp(x: Float[Tensor, "*N S"]) -> Float[Tensor, "*N S"]:
+    """e^x as a power of two: torch.compile would write exp's result to memory wherever it is used twice."""
+    return torch.exp2(x * _LOG2_E)
 
 
 def softcap_slope(capped: Float[Tensor, "*N S"], cap: float) -> Float[Tensor, "*N S"]:
@@ -32,10 +42,40 @@ def softcap_slope(capped: Float[Tensor, "*N S"], cap: float) -> Float[Tensor, "*
     return 1 - (capped * (1 / cap)) ** 2
 
 
-def raw_logits(hidden: Float[Tensor, "*N D"], weight: Float[Tensor, "V D"]) -> Float[Tensor, "*N V"]:
-    """Unembed with the tied, un-scaled embedding table: fp32 arithmetic and output, before the cap."""
+def raw_logits(
+    hidden: Float[Tensor, "*N D"], weight: Float[Tensor, "V D"], out: Float[Tensor, "*N V"] | None = None
+) -> Float[Tensor, "*N V"]:
+    """Unembed with the tied, un-scaled embedding table: fp32 arithmetic and output, before the cap.
+
+    Without gradients a head in bf16 is never held in fp32 as a whole: see `blocks`. `out` (fp32, no
+    gradients) receives the logits.
+    """
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), weight.float())
+        if weight.dtype == torch.float32 or torch.is_grad_enabled():
+            if out is None:
+                return F.linear(hidden.float(), weight.float())
+            return torch.mm(hidden.float(), weight.float().T, out=out)
+        if out is None:
+            out = hidden.new_empty(*hidden.shape[:-1], len(weight), dtype=torch.float32)
+        rows = out.view(-1, len(weight))
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if narrow_products(hidden, weight):
+            torch.mm(flat, weight.T, out_dtype=torch.float32, out=rows)
+        else:
+            for block in blocks(weight):
+                torch.mm(flat.float(), weight[block].float().T, out=rows[:, block])
+        return out
+
+
+def blocks(weight: Float[Tensor, "V D"]) -> list[slice]:
+    """Parts of the vocabulary to be cast to fp32 one after the other: all of it if it is fp32 already."""
+    rows = len(weight) if weight.dtype == torch.float32 else max(1, _BLOCK_BYTES // (4 * weight.shape[1]))
+    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
+
+
+def narrow_products(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the device multiplies bf16 by bf16 into fp32 sums: on CUDA it does, at full speed."""
+    return weight.is_cuda and weight.dtype == hidden.dtype == torch.bfloat16
 
 
 def logits(
