@@ -6,6 +6,7 @@ results. Started again, a finished stage with the same config and inputs is not 
 one goes on; a different config for an existing folder is an error that names the difference and the remedy.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -216,6 +217,13 @@ def atomic(path: Path) -> Iterator[Path]:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                f"no room to write {path} ({error.strerror}). Free some space and run the same command "
+                "again: what is finished stays."
+            ) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """A stage's folder: run once, resumed after a kill, never mixed up with other work, never half written."""
 
+import errno
 import io
 import json
 import signal
@@ -303,6 +304,33 @@ def test_an_atomic_write_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path:
     assert [path.name for path in path.parent.iterdir()] == ["a.txt"]
     run.write_text(path, "new")
     assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_write_without_room_says_which_file_and_what_to_do(tmp_path: Path, number: int):
+    path = tmp_path / "a.txt"
+    run.write_text(path, "old")
+    cause = OSError(number, "the disk is full")
+
+    def fail() -> None:
+        with run.atomic(path) as partial:
+            partial.write_text("half of the n")
+            raise cause
+
+    with pytest.raises(OSError, match="no room to write") as caught:
+        fail()
+    assert str(path) in str(caught.value)
+    assert "Free some space and run the same command again: what is finished stays." in str(caught.value)
+    assert "the disk is full" in str(caught.value)
+    assert caught.value.__cause__ is cause
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_error_that_is_not_about_room_comes_through_as_it_is(tmp_path: Path):
+    with pytest.raises(PermissionError) as caught, run.atomic(tmp_path / "a.txt"):
+        raise PermissionError(errno.EACCES, "not allowed")
+    assert "room" not in str(caught.value)
 
 
 def test_json_is_written_readable_in_every_script(tmp_path: Path):

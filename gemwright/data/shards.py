@@ -201,17 +201,19 @@ class Windows:
         self.shards = shards
         self.split: Split = split
         self.seq_len = seq_len
-        self._seed, self._subset_seed = seed, subset_seed
+        self._seed = seed
         tokens = shards.manifest.splits[split].tokens
-        self._total = (tokens - 1) // seq_len
-        if self._total < 1:
+        self.max_tokens, self.subset_seed = max_tokens, subset_seed
+        self.total = (tokens - 1) // seq_len
+        """Windows in the split, those not kept included."""
+        if self.total < 1:
             raise ValueError(
                 f"{shards.folder}: {split} has {tokens:,} tokens, and one window takes {seq_len + 1:,}. "
                 f"Use more text, or a seq_len of at most {tokens - 1:,}."
             )
         if max_tokens is not None and max_tokens < seq_len:
             raise ValueError(f"max_tokens={max_tokens:,} holds no window of seq_len={seq_len:,}. Raise it.")
-        self._kept = self._total if max_tokens is None else min(self._total, max_tokens // seq_len)
+        self._kept = self.total if max_tokens is None else min(self.total, max_tokens // seq_len)
 
     def __len__(self) -> int:
         """Windows in one epoch."""
@@ -223,32 +225,41 @@ class Windows:
         return self._kept * self.seq_len
 
     def batch(self, step: int, batch_size: int) -> Int[Tensor, "B {self.seq_len+1}"]:
-        """Batch number `step`, int64: a function of the seed and `step` alone.
+        """Batch number `step`, int64: a function of the seed and `step` alone."""
+        return self.take(self.numbers(step, batch_size))
+
+    def numbers(self, step: int, batch_size: int) -> UInt64[np.ndarray, " B"]:
+        """Which windows of the split batch number `step` takes.
 
         Epochs follow each other without a gap: the batch that ends one begins the next, and none is dropped.
         """
         assert step >= 0, step
         place = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
         epoch, index = np.divmod(place, np.uint64(self._kept))
-        return self._stack(self._chosen(_permuted(index, self._kept, _key(self._seed, epoch))))
+        return self._chosen(_permuted(index, self._kept, _key(self._seed, epoch)))
 
-    def all(self, batch_size: int) -> Iterator[Int[Tensor, "B {self.seq_len+1}"]]:
-        """Every window once, in the order of the text; the last batch may be short."""
-        index = np.sort(self._chosen(np.arange(self._kept, dtype=np.uint64)))
-        for start in range(0, self._kept, batch_size):
-            yield self._stack(index[start : start + batch_size])
+    def in_order(self) -> UInt64[np.ndarray, " N"]:
+        """The numbers of all windows that are kept, in the order of the text."""
+        return np.sort(self._chosen(np.arange(self._kept, dtype=np.uint64)))
 
-    def _chosen(self, index: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
-        """From a window's number among those kept to its number in the split."""
-        if self._kept == self._total:
-            return index
-        return _permuted(index, self._total, _key(self._subset_seed, np.zeros_like(index)))
-
-    def _stack(self, index: UInt64[np.ndarray, " N"]) -> Int[Tensor, "N {self.seq_len+1}"]:
-        starts = [int(i) * self.seq_len for i in index]
+    def take(self, numbers: UInt64[np.ndarray, " N"]) -> Int[Tensor, "N {self.seq_len+1}"]:
+        """Windows of the split by their numbers, int64."""
+        starts = [int(number) * self.seq_len for number in numbers]
         return torch.stack(
             [self.shards.read(self.split, start, start + self.seq_len + 1) for start in starts]
         )
+
+    def all(self, batch_size: int) -> Iterator[Int[Tensor, "B {self.seq_len+1}"]]:
+        """Every window once, in the order of the text; the last batch may be short."""
+        index = self.in_order()
+        for start in range(0, self._kept, batch_size):
+            yield self.take(index[start : start + batch_size])
+
+    def _chosen(self, index: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
+        """From a window's number among those kept to its number in the split."""
+        if self._kept == self.total:
+            return index
+        return _permuted(index, self.total, _key(self.subset_seed, np.zeros_like(index)))
 
 
 def target_weights(ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T-1"]:

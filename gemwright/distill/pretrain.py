@@ -4,6 +4,7 @@ The two differ in the loss alone (report, section 3.2: distillation INSTEAD of n
 a student and its twin from scratch see the same tokens in the same order from the same weights.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,23 @@ from gemwright.evaluate.likelihood import nats_per_token
 from gemwright.model import checkpoint, cost
 from gemwright.model.config import GemmaConfig
 from gemwright.model.gemma import Gemma
-from gemwright.run import Card, RunFolder, read_card, run_stage
-from gemwright.tokenizer.tokenizer import MODEL_FILE, Tokenizer
+from gemwright.run import Card, RunFolder, fingerprint, read_card, run_stage
+from gemwright.targets.store import Targets
+from gemwright.tokenizer.tokenizer import MODEL_FILE, SPECIAL, Tokenizer
 from gemwright.train import resume
-from gemwright.train.loop import TrainConfig, train
-from gemwright.train.teacher import Teacher, distillation, next_token, require_same_tokenizer
+from gemwright.train.diagnostics import watch
+from gemwright.train.loop import TrainConfig, make_batch, train
+from gemwright.train.teacher import (
+    REPORT,
+    ObjectiveConfig,
+    StoredTeacher,
+    Teacher,
+    distillation,
+    next_token,
+    require_same_tokenizer,
+)
+
+_WATCHED = 2048  # tokens that the diagnostics look at
 
 
 class PretrainConfig(Config):
@@ -36,21 +49,35 @@ class PretrainConfig(Config):
     """Tokens of each validation; None: all of the split."""
     held_out_tokens: int | None = Field(default=None, gt=0)
     """Tokens of the measurement at the end, on text that no run chooses by; None: all."""
+    objective: ObjectiveConfig = REPORT
+    """What a distilled student is trained for; from scratch, only its z_loss counts."""
     seed: int = 0
     """Of the weights; `train.seed` orders the data."""
 
 
 def run(
-    config: PretrainConfig, out: Path, shards: Path, *, teacher: Path | None = None, fresh: bool = False
+    config: PretrainConfig,
+    out: Path,
+    shards: Path,
+    *,
+    teacher: Path | None = None,
+    targets: Path | None = None,
+    fresh: bool = False,
 ) -> Card:
-    """Train from scratch, or distil from `teacher`, and leave a checkpoint in `out`. Killed, it goes on.
+    """Train from scratch, or distil, and leave a checkpoint in `out`. Killed, it goes on.
 
+    Args:
+        teacher: a checkpoint to run along with the student.
+        targets: what a teacher left on disk about these shards, instead (`label`).
     Raises:
-        ValueError: the vocabulary does not fit the shards, or the teacher has another tokenizer.
+        ValueError: the vocabulary does not fit the shards, the teacher has another tokenizer, the targets are
+            of other shards or another packing, or the objective needs another kind of teacher.
         NonFiniteError: the loss is not a number.
     """
-    inputs = {"shards": shards} | ({"teacher": teacher} if teacher else {})
-    stage = "distill" if teacher else "pretrain"
+    assert teacher is None or targets is None, (teacher, targets)
+    named = {"shards": shards, "teacher": teacher, "targets": targets}
+    inputs = {name: path for name, path in named.items() if path}
+    stage = "distill" if teacher or targets else "pretrain"
     next_step = f'gemwright generate {out} "def "'
     data = Shards.open(shards)
     if config.model.vocab_size < data.manifest.vocab_size:
@@ -65,10 +92,16 @@ def run(
         )
 
     if teacher is not None and (teacher / MODEL_FILE).exists():  # before the folder is this teacher's work
-        require_same_tokenizer(teacher, data.manifest.tokenizer_sha256)
+        require_same_tokenizer(teacher, tokenizer_of(shards))
+    stored = None if targets is None else _stored(config, targets, shards, data)
+    if stage == "pretrain" and config.objective.but(z_loss=0.0) != REPORT:
+        raise ValueError(
+            "from scratch there is the next token alone, and objective asks for more than a z_loss. "
+            "Leave that out, or give a teacher."
+        )
 
     def work(folder: RunFolder) -> dict[str, Any]:
-        return _work(config, folder, data, tokenizer_of(shards), teacher)
+        return _work(config, folder, data, tokenizer_of(shards), teacher, stored)
 
     card = run_stage(stage, config, out, work, inputs=inputs, fresh=fresh, next_step=next_step)
     resume.clear(out)  # not before the card is written: a kill during the last evaluation costs no training
@@ -86,30 +119,58 @@ def tokenizer_of(shards: Path) -> Tokenizer:
     return Tokenizer.load(path)
 
 
+def _stored(config: PretrainConfig, targets: Path, shards: Path, data: Shards) -> StoredTeacher:
+    """The targets, if they are of these shards in this packing."""
+    opened = Targets.open(targets)
+    if opened.manifest.shards.sha256 != fingerprint(shards):
+        raise ValueError(
+            f"{targets} has targets for other shards than {shards}, which were made again since or are not "
+            "those that were labelled. Label them: gemwright label."
+        )
+    return StoredTeacher(opened, _windows(config, data, "train", config.max_tokens), config.objective)
+
+
+def shards_of(targets: Path) -> Path:
+    """The shards that targets belong to, as their manifest says; errors as `Targets.open`."""
+    path = (targets.parent / Targets.open(targets).manifest.shards.path).resolve()
+    if not path.exists():
+        raise FileNotFoundError(f"{targets} is about the shards {path}, which are gone. Put them back there.")
+    return path
+
+
+def _windows(config: PretrainConfig, data: Shards, split: Split, max_tokens: int | None) -> Windows:
+    return Windows(data, split, config.train.seq_len, seed=config.train.seed, max_tokens=max_tokens)
+
+
 def _work(
-    config: PretrainConfig, folder: RunFolder, data: Shards, tokenizer: Tokenizer, teacher: Path | None
-) -> dict[str, Any]:
+    config: PretrainConfig, folder: RunFolder, data: Shards, tokenizer: Tokenizer, teacher: Path | None,
+    stored: StoredTeacher | None,
+) -> dict[str, Any]:  # fmt: skip
     device = pick_device()
     seed_everything(config.seed)
     model = Gemma(config.model).to(device)
-    loss = next_token
+    source = stored
     if teacher is not None:
-        loss = distillation(
-            Teacher.load(teacher, data.manifest.tokenizer_sha256, device, compiled=config.train.compile)
-        )
+        source = Teacher.load(teacher, tokenizer, device, compiled=config.train.compile)
+    part = _windows(config, data, "validation", config.validation_tokens)
+    trained_on = _windows(config, data, "train", config.max_tokens)
 
-    def windows(split: Split, max_tokens: int | None) -> Windows:
-        return Windows(data, split, config.train.seq_len, seed=config.train.seed, max_tokens=max_tokens)
+    def no_teacher(_: Gemma) -> dict[str, float]:
+        return {}
 
-    part = windows("validation", config.validation_tokens)
-    trained_on = windows("train", config.max_tokens)
+    loss, look = partial(next_token, z_loss=config.objective.z_loss), no_teacher
+    if source is not None:
+        loss = distillation(source, config.objective)
+        numbers = trained_on.numbers(0, config.train.batch_size)[: max(1, _WATCHED // config.train.seq_len)]
+        first = make_batch(trained_on.take(numbers), SPECIAL["<bos>"], device, numbers)
+        look = watch(source, config.objective, first)
     last = train(
         model,
         loss,
         trained_on,
         config.train,
         folder,
-        lambda model: {"validation": nats_per_token(model, part)},
+        lambda model: {"validation": nats_per_token(model, part), **look(model)},
     )
     checkpoint.save(model, folder.path)
     tokenizer.save(folder.path)
@@ -119,5 +180,5 @@ def _work(
         "distinct_tokens": trained_on.tokens,
         "tokens_seen": config.train.steps * config.train.batch_size * config.train.seq_len,
         **last,
-        "held_out": nats_per_token(model, windows("held_out", config.held_out_tokens)),
+        "held_out": nats_per_token(model, _windows(config, data, "held_out", config.held_out_tokens)),
     }

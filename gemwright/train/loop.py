@@ -9,8 +9,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt64
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -65,6 +66,8 @@ class Batch(NamedTuple):
     targets: Int[Tensor, "B T"]
     weights: Float[Tensor, "B T"]
     places: Places
+    numbers: UInt64[np.ndarray, " B"] | None = None
+    """Which windows of the split these are, for whoever keeps something about them."""
 
 
 Loss = Callable[[Gemma, Batch], tuple[Float[Tensor, ""], dict[str, float]]]
@@ -74,11 +77,16 @@ class NonFiniteError(RuntimeError):
     """The loss or its gradient is not a number; the weights were not touched by it."""
 
 
-def make_batch(windows: Int[Tensor, "B T1"], bos_id: int, device: torch.device | str = "cpu") -> Batch:
+def make_batch(
+    windows: Int[Tensor, "B T1"],
+    bos_id: int,
+    device: torch.device | str = "cpu",
+    numbers: UInt64[np.ndarray, " B"] | None = None,
+) -> Batch:
     """Rows of T + 1 tokens -> inputs, targets, their weights and the places of the packed documents."""
     windows = windows.to(device)
     ids = windows[:, :-1].contiguous()
-    return Batch(ids, windows[:, 1:].contiguous(), target_weights(windows), packed(ids, bos_id))
+    return Batch(ids, windows[:, 1:].contiguous(), target_weights(windows), packed(ids, bos_id), numbers)
 
 
 def train(
@@ -107,10 +115,11 @@ def train(
         "training", config.steps * tokens_a_step, done * tokens_a_step, unit="tokens"
     ) as advance:
         for step in range(done, config.steps):
-            batch = windows.batch(step, config.batch_size)
+            numbers = windows.numbers(step, config.batch_size)
+            few = config.micro_batch_size or config.batch_size
             parts = [
-                make_batch(part, bos_id=SPECIAL["<bos>"], device=device)
-                for part in batch.split(config.micro_batch_size or len(batch))
+                make_batch(windows.take(part), SPECIAL["<bos>"], device, part)
+                for part in np.split(numbers, range(few, len(numbers), few))
             ]
             lr = learning_rate(step, config.steps, config.optim)
             value, metrics, norm = _update(model, loss, parts, optimizer, lr, config)

@@ -312,6 +312,38 @@ def test_runs_with_other_seeds_see_the_same_tokens_under_max_tokens(packed: Path
     assert rows_of(first) != rows_of(Windows(shards, "train", 64, max_tokens=1_300, subset_seed=1))
 
 
+@pytest.mark.parametrize("max_tokens", [None, 1_300])
+def test_a_batch_is_what_its_numbers_take(packed: Path, max_tokens: int | None) -> None:
+    """Numbers count the windows of the whole split, whatever is kept of them."""
+    shards = Shards.open(packed)
+    windows, whole = Windows(shards, "train", 64, seed=4, max_tokens=max_tokens), all_ids(shards, "train")
+    for step in range(6):
+        numbers = windows.numbers(step, 7)
+        expected = torch.stack([whole[int(n) * 64 : int(n) * 64 + 65] for n in numbers])
+        assert torch.equal(windows.batch(step, 7), expected)
+        assert torch.equal(windows.take(numbers), expected)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1_300])
+def test_the_windows_in_order_are_those_of_every_epoch(packed: Path, max_tokens: int | None) -> None:
+    windows = Windows(Shards.open(packed), "train", 64, seed=4, max_tokens=max_tokens)
+    numbers, size = windows.in_order(), len(windows)
+    assert np.array_equal(numbers, np.unique(numbers)), "ascending, none twice"
+    assert len(numbers) == size <= windows.total
+    assert torch.equal(windows.take(numbers), torch.cat(list(windows.all(16))))
+    for epoch in (0, 1):
+        seen = np.concatenate(
+            [windows.numbers(place, 1) for place in range(epoch * size, (epoch + 1) * size)]
+        )
+        assert np.array_equal(np.sort(seen), numbers)
+        assert not np.array_equal(seen, numbers)
+
+
+def test_without_a_subset_the_windows_in_order_are_all_of_the_split(packed: Path) -> None:
+    windows = Windows(Shards.open(packed), "train", 64)
+    assert windows.in_order().tolist() == list(range(windows.total))
+
+
 def test_a_smaller_subset_lies_inside_a_larger_one(packed: Path) -> None:
     shards = Shards.open(packed)
     assert rows_of(Windows(shards, "train", 64, max_tokens=640)) < rows_of(

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -37,8 +38,11 @@ class Rows(Windows):
         self.rows = rows
         self.seq_len = rows.shape[1] - 1
 
-    def batch(self, step: int, batch_size: int) -> Tensor:
-        return self.rows
+    def numbers(self, step: int, batch_size: int) -> np.ndarray:
+        return np.arange(len(self.rows), dtype=np.uint64)
+
+    def take(self, numbers: np.ndarray) -> Tensor:
+        return self.rows[numbers.astype(int)]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +137,29 @@ def test_padding_and_a_documents_start_are_not_predicted(uneven: Rows):
     assert torch.equal(batch.targets, uneven.rows[:, 1:])
     assert not batch.weights[(batch.targets == BOS) | (batch.targets == PAD)].any()
     assert batch.places.document[1].unique().numel() == 2
+
+
+@pytest.mark.parametrize("portion", [None, 2])
+def test_a_batch_knows_which_windows_it_holds(
+    windows: Windows, tiny: GemmaConfig, tmp_path: Path, portion: int | None
+):
+    seen: list[Batch] = []
+
+    def loss(model: Gemma, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        seen.append(batch)
+        return next_token(model, batch)
+
+    go(fresh(tiny), windows, CONFIG.but(steps=2, micro_batch_size=portion), tmp_path / "run", loss)
+    numbers = [batch.numbers for batch in seen if batch.numbers is not None]
+    assert [len(few) for few in numbers] == [portion or 4] * (2 * 4 // (portion or 4))
+    assert np.array_equal(np.concatenate(numbers), np.concatenate([windows.numbers(s, 4) for s in (0, 1)]))
+    for batch, few in zip(seen, numbers, strict=True):
+        assert torch.equal(batch.ids, windows.take(few)[:, :-1])
+        assert torch.equal(batch.targets, windows.take(few)[:, 1:])
+
+
+def test_a_batch_made_by_hand_has_no_numbers(uneven: Rows):
+    assert make_batch(uneven.rows, BOS).numbers is None
 
 
 def test_a_step_without_any_target_changes_nothing_but_the_decay(tiny: GemmaConfig, tmp_path: Path):
