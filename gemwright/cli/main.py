@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 
 from gemwright.cli import recipe, text, training, use
 
-VERBS = ("run", "tokenizer", "shards", "pretrain", "distill", "generate")
+VERBS = ("run", "tokenizer", "shards", "pretrain", "label", "targets", "distill", "generate", "ablate")
 
 
 class _Pipeline(TyperGroup):
@@ -59,3 +59,7 @@ def main() -> None:
             raise
         print(f"gemwright: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":  # for torchrun -m gemwright.cli.main
+    main()

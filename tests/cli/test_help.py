@@ -16,6 +16,7 @@ from gemwright.cli.main import VERBS, app
 
 HELPS = dict(reference.helps())
 LEAVES = [name for name, text in HELPS.items() if "\nCommands:" not in text]
+CLI = ("main", "options", "recipe", "text", "training", "use")
 HEAVY = ("torch", "transformers", "numpy", "sentencepiece", "safetensors", "matplotlib", "pydantic", "rich")
 
 
@@ -34,14 +35,15 @@ def test_help_needs_nothing_heavy():
     assert {name for name in modules if name.startswith("gemwright")} == {
         "gemwright",
         "gemwright.cli",
-        *(f"gemwright.cli.{name}" for name in ("main", "options", "recipe", "text", "training", "use")),
+        *(f"gemwright.cli.{name}" for name in CLI),
     }
 
 
 def test_verbs_are_listed_in_pipeline_order():
     told = HELPS["gemwright"].partition("Commands:")[2]
     listed = [line.split()[0] for line in told.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert listed == list(VERBS) == ["run", "tokenizer", "shards", "pretrain", "distill", "generate"]
+    pipeline = ["run", "tokenizer", "shards", "pretrain", "label", "targets", "distill", "generate", "ablate"]
+    assert listed == list(VERBS) == pipeline
 
 
 @pytest.mark.parametrize("name", LEAVES)
