@@ -46,7 +46,9 @@ check: $(READY)/test
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-bench: $(READY)/bench
+bench: $(READY)/bench $(READY)/parity
+	$(RUN) bench.head_loss
+	$(RUN) bench.targets
 	$(RUN) bench.train_step
 
 docs: $(READY)/core
