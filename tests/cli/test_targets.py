@@ -194,13 +194,16 @@ def test_a_kind_that_there_is_not_is_refused(gemwright: Callable[..., Any]):
 def test_a_full_disk_is_one_line_and_what_is_finished_stays(
     gemwright: Callable[..., Any], targets: Path, teacher_folder: Path, shards_folder: Path, outs: Path
 ):
-    """Room for the first files, and not for the one that is larger."""
-    files = sorted(targets.glob("*.targets"))
-    sizes = [path.stat().st_size for path in files]
-    full = next(number for number in range(1, len(sizes)) if sizes[number] > max(sizes[:number]))
-    out = outs / "full"
+    """The others are there already, as after a kill, and there is no room for the last but one."""
+    files, out = sorted(targets.glob("*.targets")), outs / "full"
+    full = len(files) - 2
+    shutil.copytree(targets, out)
+    (out / "manifest.json").unlink()
+    (out / files[full].name).unlink()
+    card = json.loads((out / "card.json").read_text(encoding="utf-8"))
+    (out / "card.json").write_text(json.dumps(card | {"finished": False}), encoding="utf-8")
     command = ("label", teacher_folder, shards_folder, "--out", out, *LABEL, "--json")
-    with room_for(max(sizes[:full])):
+    with room_for(files[full].stat().st_size - 1):
         said = gemwright(*command)
     assert (said.code, said.out) == (2, "")
     (line,) = [line for line in said.err.splitlines() if "error" in line]
@@ -208,7 +211,7 @@ def test_a_full_disk_is_one_line_and_what_is_finished_stays(
     assert line.endswith("Free some space and run the same command again: what is finished stays.")
     assert "Traceback" not in said.err
     stayed = {path.name: path.stat().st_mtime_ns for path in out.glob("*.targets")}
-    assert sorted(stayed) == [path.name for path in files[:full]]
+    assert sorted(stayed) == [path.name for path in files if path != files[full]]
     assert not list(out.glob(".*.partial-*"))
     in_one_line(gemwright(*command))
     for path in files:
