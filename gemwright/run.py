@@ -158,6 +158,21 @@ def read_card(folder: Path) -> Card:
         raise ValueError(f"{path} is damaged ({error}). Run its stage again with --fresh.") from None
 
 
+def read_manifest(path: Path, card: Card, format: int, remedy: str) -> dict[str, Any]:
+    """A manifest that the stage behind `card` wrote, as plain data.
+
+    Raises FileNotFoundError or ValueError with the remedy: gone, edited, or of another format.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is gone. {remedy}")
+    if fingerprint(path) != card.outputs.get(path.name):
+        raise ValueError(f"{path} is not what its stage wrote: it was edited or damaged. {remedy}")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if data["format"] != format:
+        raise ValueError(f"{path} has format {data['format']}, and this version reads {format}. {remedy}")
+    return data
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl`, without a last line torn by a kill; an empty list if there is no file."""
     path = folder / METRICS

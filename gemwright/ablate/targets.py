@@ -2,8 +2,7 @@
 
 Same tokens, weights and order; the whole distribution of a teacher that runs along, draws from it (one from
 each stratum, or independent), its largest probabilities with and without the mass of the rest, and the next
-token alone. Draws are unbiased,
-the largest probabilities are not (arXiv 2503.16870): here is by how much.
+token alone. Draws are unbiased, the largest probabilities are not (arXiv 2503.16870): here is by how much.
 """
 
 from gemwright.ablate.study import Arm, Study

@@ -11,7 +11,6 @@ state, and its order is a keyed permutation that is computed, not stored.
 """
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from itertools import accumulate
@@ -26,7 +25,16 @@ from torch import Tensor
 
 from gemwright.config import Config
 from gemwright.data.sources import SPLITS, Corpus, Document, Split
-from gemwright.run import Card, RunFolder, atomic, fingerprint, read_card, run_stage, write_json
+from gemwright.run import (
+    Card,
+    RunFolder,
+    atomic,
+    fingerprint,
+    read_card,
+    read_manifest,
+    run_stage,
+    write_json,
+)
 from gemwright.tokenizer.tokenizer import SPECIAL, Tokenizer
 
 MANIFEST = "manifest.json"
@@ -120,16 +128,7 @@ class Shards:
         if card.stage != "shards" or not card.finished:
             state = "not finished" if card.stage == "shards" else f"the work of another stage, {card.stage!r}"
             raise ValueError(f"{folder} is {state}. Run the stage that packs shards first.")
-        path = folder / MANIFEST
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is gone. {_REMEDY}")
-        if fingerprint(path) != card.outputs.get(MANIFEST):
-            raise ValueError(f"{path} is not what its stage wrote: it was edited or damaged. {_REMEDY}")
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise ValueError(
-                f"{path} has format {data['format']}, and this version reads {FORMAT}. {_REMEDY}"
-            )
+        data = read_manifest(folder / MANIFEST, card, FORMAT, _REMEDY)
         shards = cls(folder, Manifest.parse(data))
         for file in shards._files():
             shards._check_size(file)

@@ -15,7 +15,6 @@ Which windows these are is not stored either: all of the split, or the subset th
 """
 
 import hashlib
-import json
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +29,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from gemwright.config import Config
-from gemwright.run import atomic, fingerprint, read_card
+from gemwright.run import atomic, fingerprint, read_card, read_manifest
 from gemwright.targets import packing
 from gemwright.targets.draw import Sampled, Top
 
@@ -200,16 +199,7 @@ class Targets:
             )
         if not card.finished:
             raise ValueError(f"{folder} is not finished. Run the same gemwright label again: it goes on.")
-        path = folder / MANIFEST
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is gone. {_REMEDY}")
-        if fingerprint(path) != card.outputs.get(MANIFEST):
-            raise ValueError(f"{path} is not what its stage wrote: it was edited or damaged. {_REMEDY}")
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise ValueError(
-                f"{path} has format {data['format']}, and this version reads {FORMAT}. {_REMEDY}"
-            )
+        data = read_manifest(folder / MANIFEST, card, FORMAT, _REMEDY)
         targets = cls(folder, Manifest.parse(data))
         for file in targets._files():
             targets._check_size(file)

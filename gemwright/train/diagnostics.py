@@ -21,7 +21,7 @@ _ROWS = 64  # unembedded at a time
 def watch(
     teacher: Teacher | StoredTeacher, objective: ObjectiveConfig, batch: Batch
 ) -> Callable[[Gemma], dict[str, float]]:
-    """A function from the student to its diagnostics on `batch`; the teacher's part is looked up once.
+    """A function from the student to its diagnostics on `batch`; the teacher's own are taken once.
 
     teacher_entropy, student_entropy; top1_agreement, the share of tokens whose likeliest id is the same (of
     sampled targets the one drawn most often); gradient_cosine, between the gradients of the distillation loss
