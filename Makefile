@@ -58,7 +58,7 @@ docs: $(READY)/core
 # wheel; triton is the one that torch's CUDA build asks for, as liger-kernel would take a newer one.
 lock: $(BIN)/pip
 	$(RUN) pip install --quiet --dry-run --ignore-installed --report .venv/lock.json triton==3.7.1 \
-	    ".[serve,eval,gguf,ray,track,test,parity,bench]"
+	    ".[serve,eval,gguf,hub,ray,track,test,parity,bench]"
 	$(BIN)/python -c "$$LOCK" > requirements.lock
 
 define LOCK
