@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from gemwright.data.shards import target_weights
+from gemwright.data.windows import target_weights
 from gemwright.device import keep_freed_memory
 from gemwright.losses import dense
 from gemwright.model.config import GemmaConfig, size

@@ -113,7 +113,7 @@ def tokenizer_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def shards_folder(text_folder: Path, tokenizer_folder: Path) -> Path:
     """That text, packed."""
-    from gemwright.data.shards import ShardsConfig, run
+    from gemwright.data.packing import ShardsConfig, run
     from gemwright.data.sources import Corpus
 
     folder = tokenizer_folder.parent / "shards"
@@ -124,7 +124,7 @@ def shards_folder(text_folder: Path, tokenizer_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def few_shards_folder(text_folder: Path, tokenizer_folder: Path) -> Path:
     """A fifth of it, packed: small enough to go through all of it."""
-    from gemwright.data.shards import ShardsConfig, run
+    from gemwright.data.packing import ShardsConfig, run
     from gemwright.data.sources import Corpus
 
     few = tokenizer_folder.parent / "few"

@@ -11,15 +11,15 @@ before validates.
 
 import hashlib
 import json
-import os
 import platform
 import re
-import sysconfig
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
+
+from gemwright.reading.files import files, library_files
 
 Split = Literal["train", "validation", "held_out"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -31,14 +31,6 @@ LEAST_CHARACTERS = 20_000
 """Below this the held-out twentieth has under 1,000 characters, and no number measured there means much."""
 
 _PASSAGE = 8_000  # characters; a held-out end is cut finer where it would give fewer than four passages
-_LIBRARY_SUFFIXES = {".py", ".rst", ".txt"}
-
-# Test suites are 17 MB beside 11 MB of library: tables, files broken on purpose, and some systems ship only a
-# part. encodings/ is tables of code points. The rest belongs to the machine or to installed packages.
-_LIBRARY_LEFT_OUT = (
-    r"test|tests|idle_test|encodings|__pycache__|site-packages|dist-packages|config-.*|_sysconfigdata.*"
-    r"|(site|user)customize\.py"
-)
 
 
 @dataclass(frozen=True)
@@ -75,6 +67,8 @@ class Corpus:
     facts: dict[str, str]
     """Name, SHA-256 over every id, split and text, counts a split: what a stage's card says of its text."""
     entries: tuple[_Entry, ...] = field(repr=False)
+    part_characters: int = 32_000_000
+    """What one worker reads at a time: some ten seconds of tokenising, which is what a kill may cost."""
 
     @classmethod
     def standard_library(cls) -> "Corpus":
@@ -83,12 +77,7 @@ class Corpus:
         Raises:
             FileNotFoundError: this Python keeps no standard library in plain files.
         """
-        root = Path(sysconfig.get_paths()["stdlib"])
-        kept = [path for path in _files(root, _LIBRARY_LEFT_OUT) if path.suffix in _LIBRARY_SUFFIXES]
-        if not kept:
-            raise FileNotFoundError(
-                f"{root} holds no standard library in plain files. Give a folder of text of your own."
-            )
+        root, kept = library_files()
         return cls._scan("python-standard-library", root, kept, {"python": platform.python_version()})
 
     @classmethod
@@ -101,7 +90,21 @@ class Corpus:
         """
         if not path.is_dir():
             raise FileNotFoundError(f"{path} is not a folder. Give a folder that holds text files.")
-        return cls._scan(path.resolve().name, path, _files(path), {})
+        return cls._scan(path.resolve().name, path, files(path), {})
+
+    @property
+    def parts(self) -> int:
+        """Parts of some `part_characters` that can be read side by side."""
+        return -(-sum(entry.stop - entry.start for entry in self.entries) // self.part_characters)
+
+    def part(self, number: int) -> Iterator[tuple[Split, Document]]:
+        """The documents of a part, each with its split; all parts are the corpus. Errors as `documents`."""
+        start, chosen = 0, []
+        for entry in self.entries:
+            if start // self.part_characters == number:
+                chosen.append(entry)
+            start += entry.stop - entry.start
+        return self._documents(chosen)
 
     def documents(self, split: Split) -> Iterator[Document]:
         """The documents of a split, read one file at a time.
@@ -109,10 +112,11 @@ class Corpus:
         Raises:
             ValueError: a file is not what it was when the corpus was scanned.
         """
+        return (document for _, document in self._documents(e for e in self.entries if e.split == split))
+
+    def _documents(self, entries: Iterable[_Entry]) -> Iterator[tuple[Split, Document]]:
         file, content = "", ""
-        for entry in self.entries:
-            if entry.split != split:
-                continue
+        for entry in entries:
             if entry.file != file:
                 file, content = entry.file, _read(self.root / entry.file) or ""
             text = content[entry.start : entry.stop]
@@ -120,7 +124,7 @@ class Corpus:
                 raise ValueError(
                     f"{self.root / entry.file} changed after the corpus was scanned. Start the stage again."
                 )
-            yield Document(entry.id, text, self.name)
+            yield entry.split, Document(entry.id, text, self.name)
 
     @classmethod
     def _scan(cls, name: str, root: Path, files: Iterable[Path], facts: dict[str, str]) -> "Corpus":
@@ -167,7 +171,7 @@ def _split(root: Path, entries: list[_Entry]) -> list[_Entry]:
         sizes: dict[str, int] = defaultdict(int)
         for entry in entries:
             sizes[group(entry)] += entry.stop
-        kept = _assign(sizes, target, largest)
+        kept = assign(sizes, target, largest)
         got = {split: sum(sizes[name] for name in kept if kept[name] == split) for split in SPLITS[1:]}
         if min(got.values()) >= 0.8 * target:
             return [replace(entry, split=kept.get(group(entry), "train")) for entry in entries]
@@ -178,7 +182,7 @@ def _split(root: Path, entries: list[_Entry]) -> list[_Entry]:
     return list(unique.values())
 
 
-def _assign(sizes: dict[str, int], target: float, largest: float) -> dict[str, Split]:
+def assign(sizes: dict[str, int], target: float, largest: float) -> dict[str, Split]:
     """The groups kept from training: in hash order, each in the first split that it brings nearer to full."""
     room: dict[Split, float] = {"held_out": target, "validation": target}
     kept: dict[str, Split] = {}
@@ -219,21 +223,6 @@ def _cut(text: str, position: int, reach: int) -> int:
         if found := re.search(pattern, window):
             return position + found.end()
     return position
-
-
-def _files(root: Path, left_out: str = "") -> list[Path]:
-    """Every file below a folder, in an order that no locale or file system changes.
-
-    Hidden names, and those that the pattern `left_out` matches, are passed over, folders with all below them.
-    """
-    names = re.compile(rf"\..*|{left_out}")
-    found: list[Path] = []
-    for folder, below, files in os.walk(root):
-        below[:] = [name for name in below if not names.fullmatch(name)]
-        found += [Path(folder, name) for name in files if not names.fullmatch(name)]
-    return sorted(
-        (path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix()
-    )
 
 
 def _read(path: Path) -> str | None:

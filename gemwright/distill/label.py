@@ -19,7 +19,8 @@ import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from gemwright.config import Config
-from gemwright.data.shards import Shards, Windows
+from gemwright.data.shards import Shards
+from gemwright.data.windows import Windows
 from gemwright.device import Ranks, keep_freed_memory, pick_device, process_group
 from gemwright.distill.pretrain import tokenizer_of
 from gemwright.model import checkpoint

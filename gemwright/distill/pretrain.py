@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import Field
 
 from gemwright.config import Config
-from gemwright.data.shards import Shards, Split, Windows
+from gemwright.data.shards import Shards
+from gemwright.data.sources import Split
+from gemwright.data.windows import Mixture, Windows
 from gemwright.device import pick_device, seed_everything
 from gemwright.evaluate.likelihood import nats_per_token
 from gemwright.model import checkpoint, cost
@@ -45,6 +47,8 @@ class PretrainConfig(Config):
     """Steps, batches, optimiser."""
     max_tokens: int | None = Field(default=None, gt=0)
     """Distinct tokens to train on, the same ones for every run that asks for as many; None: all."""
+    mixture: Mixture = ()
+    """How sources are mixed, stage by stage; by default each has its share of the text."""
     validation_tokens: int | None = Field(default=None, gt=0)
     """Tokens of each validation; None: all of the split."""
     held_out_tokens: int | None = Field(default=None, gt=0)
@@ -70,8 +74,9 @@ def run(
         teacher: a checkpoint to run along with the student.
         targets: what a teacher left on disk about these shards, instead (`label`).
     Raises:
-        ValueError: the vocabulary does not fit the shards, the teacher has another tokenizer, the targets are
-            of other shards or another packing, or the objective needs another kind of teacher.
+        ValueError: the vocabulary does not fit the shards, the mixture names a source that they have not, the
+            teacher has another tokenizer, the targets are of other shards or another packing, or the
+            objective needs another kind of teacher.
         NonFiniteError: the loss is not a number.
     """
     assert teacher is None or targets is None, (teacher, targets)
@@ -93,7 +98,8 @@ def run(
 
     if teacher is not None and (teacher / MODEL_FILE).exists():  # before the folder is this teacher's work
         require_same_tokenizer(teacher, tokenizer_of(shards))
-    stored = None if targets is None else _stored(config, targets, shards, data)
+    trained_on = _training_windows(config, data)
+    stored = None if targets is None else _stored(config, targets, shards, trained_on)
     if stage == "pretrain" and config.objective.but(z_loss=0.0) != REPORT:
         raise ValueError(
             "from scratch there is the next token alone, and objective asks for more than a z_loss. "
@@ -101,7 +107,7 @@ def run(
         )
 
     def work(folder: RunFolder) -> dict[str, Any]:
-        return _work(config, folder, data, tokenizer_of(shards), teacher, stored)
+        return _work(config, folder, trained_on, tokenizer_of(shards), teacher, stored)
 
     card = run_stage(stage, config, out, work, inputs=inputs, fresh=fresh, next_step=next_step)
     resume.clear(out)  # not before the card is written: a kill during the last evaluation costs no training
@@ -119,7 +125,7 @@ def tokenizer_of(shards: Path) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def _stored(config: PretrainConfig, targets: Path, shards: Path, data: Shards) -> StoredTeacher:
+def _stored(config: PretrainConfig, targets: Path, shards: Path, trained_on: Windows) -> StoredTeacher:
     """The targets, if they are of these shards in this packing."""
     opened = Targets.open(targets)
     if opened.manifest.shards.sha256 != fingerprint(shards):
@@ -127,7 +133,7 @@ def _stored(config: PretrainConfig, targets: Path, shards: Path, data: Shards) -
             f"{targets} has targets for other shards than {shards}, which were made again since or are not "
             "those that were labelled. Label them: gemwright label."
         )
-    return StoredTeacher(opened, _windows(config, data, "train", config.max_tokens), config.objective)
+    return StoredTeacher(opened, trained_on, config.objective)
 
 
 def shards_of(targets: Path) -> Path:
@@ -138,13 +144,21 @@ def shards_of(targets: Path) -> Path:
     return path
 
 
-def _windows(config: PretrainConfig, data: Shards, split: Split, max_tokens: int | None) -> Windows:
-    return Windows(data, split, config.train.seq_len, seed=config.train.seed, max_tokens=max_tokens)
+def _training_windows(config: PretrainConfig, data: Shards) -> Windows:
+    return Windows(
+        data, "train", config.train.seq_len, seed=config.train.seed, max_tokens=config.max_tokens,
+        mixture=config.mixture, total_windows=config.train.steps * config.train.batch_size,
+    )  # fmt: skip
+
+
+def _judged(trained_on: Windows, split: Split, max_tokens: int | None) -> Windows:
+    """What is measured on: never mixed, and the same whatever was trained on."""
+    return Windows(trained_on.shards, split, trained_on.seq_len, max_tokens=max_tokens)
 
 
 def _work(
-    config: PretrainConfig, folder: RunFolder, data: Shards, tokenizer: Tokenizer, teacher: Path | None,
-    stored: StoredTeacher | None,
+    config: PretrainConfig, folder: RunFolder, trained_on: Windows, tokenizer: Tokenizer,
+    teacher: Path | None, stored: StoredTeacher | None,
 ) -> dict[str, Any]:  # fmt: skip
     device = pick_device()
     seed_everything(config.seed)
@@ -152,8 +166,7 @@ def _work(
     source = stored
     if teacher is not None:
         source = Teacher.load(teacher, tokenizer, device, compiled=config.train.compile)
-    part = _windows(config, data, "validation", config.validation_tokens)
-    trained_on = _windows(config, data, "train", config.max_tokens)
+    part = _judged(trained_on, "validation", config.validation_tokens)
 
     def no_teacher(_: Gemma) -> dict[str, float]:
         return {}
@@ -180,5 +193,5 @@ def _work(
         "distinct_tokens": trained_on.tokens,
         "tokens_seen": config.train.steps * config.train.batch_size * config.train.seq_len,
         **last,
-        "held_out": nats_per_token(model, _windows(config, data, "held_out", config.held_out_tokens)),
+        "held_out": nats_per_token(model, _judged(trained_on, "held_out", config.held_out_tokens)),
     }

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gemwright.data.shards import Windows, target_weights
+from gemwright.data.windows import Windows, target_weights
 from gemwright.evaluate.task import Task
 from gemwright.losses import dense
 from gemwright.model import head

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gemwright.config import Config
-from gemwright.data.shards import Windows, target_weights
+from gemwright.data.windows import Windows, target_weights
 from gemwright.device import Precision, dtype_of, keep_freed_memory
 from gemwright.model.attention import Places
 from gemwright.model.gemma import Gemma, packed

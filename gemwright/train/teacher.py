@@ -14,7 +14,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from gemwright.config import Config
-from gemwright.data.shards import Windows
+from gemwright.data.windows import Windows
 from gemwright.losses import dense, sparse
 from gemwright.model import checkpoint
 from gemwright.model.gemma import Gemma

@@ -3,19 +3,23 @@
 import argparse
 import inspect
 import json
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from gemwright.data import packing
 from gemwright.data import shards as module
-from gemwright.data.shards import MANIFEST, Shards, ShardsConfig, Windows, run, target_weights
-from gemwright.data.sources import SPLITS, Corpus
+from gemwright.data.executor import ExecutorConfig
+from gemwright.data.packing import ShardsConfig, run
+from gemwright.data.shards import MANIFEST, Shards
+from gemwright.data.sources import SPLITS, Corpus, Document, Split
 from gemwright.run import read_card
 from gemwright.tokenizer.tokenizer import Tokenizer
 from gemwright.tokenizer.train import TokenizerConfig, train
@@ -48,13 +52,32 @@ def packed(corpus: Corpus, tokenizer: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
+def in_parts(corpus: Corpus) -> Corpus:
+    """The same text in eight parts."""
+    return replace(corpus, part_characters=10_000)
+
+
+@pytest.fixture
+def parts_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of each part that this process reads."""
+    read, part = [], Corpus.part
+
+    def noted(self: Corpus, number: int) -> Iterator[tuple[Split, Document]]:
+        read.append(number)
+        return part(self, number)
+
+    monkeypatch.setattr(Corpus, "part", noted)
+    return read
+
+
+@pytest.fixture
 def damaged(corpus: Corpus, tokenizer: Path, tmp_path: Path) -> Path:
     """A folder of shards of one's own, to damage."""
     run(CONFIG, tmp_path / "shards", corpus, tokenizer)
     return tmp_path / "shards"
 
 
-def all_ids(shards: Shards, split: module.Split) -> torch.Tensor:
+def all_ids(shards: Shards, split: Split) -> np.ndarray:
     return shards.read(split, 0, shards.manifest.splits[split].tokens)
 
 
@@ -72,9 +95,10 @@ def test_the_files_hold_each_document_between_bos_and_eos(
 def test_the_manifest_counts_what_went_in(packed: Path, corpus: Corpus) -> None:
     manifest = Shards.open(packed).manifest
     texts = [document.text for document in corpus.documents("train")]
-    train = manifest.splits["train"]
-    assert (train.documents, train.characters) == (len(texts), sum(map(len, texts)))
+    (train,) = manifest.splits["train"].sources
+    assert (train.name, train.documents, train.characters) == (corpus.name, len(texts), sum(map(len, texts)))
     assert train.bytes == sum(len(text.encode()) for text in texts) > train.characters
+    assert train.tokens == manifest.splits["train"].tokens
     assert manifest.corpus == corpus.facts
 
 
@@ -99,7 +123,7 @@ def test_the_card_names_tokenizer_and_corpus(packed: Path, corpus: Corpus) -> No
 def test_how_documents_are_batched_for_the_tokenizer_changes_nothing(
     packed: Path, corpus: Corpus, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 3_000)
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 3_000)
     run(CONFIG, tmp_path / "shards", corpus, tokenizer)
     assert (tmp_path / "shards" / MANIFEST).read_bytes() == (packed / MANIFEST).read_bytes()
 
@@ -112,38 +136,158 @@ def test_a_large_vocabulary_takes_four_bytes_an_id(
     wide = Shards.open(tmp_path / "shards")
     assert wide.manifest.dtype == "uint32"
     assert Shards.open(packed).manifest.dtype == "uint16"
-    assert torch.equal(all_ids(wide, "train"), all_ids(Shards.open(packed), "train"))
+    assert np.array_equal(all_ids(wide, "train"), all_ids(Shards.open(packed), "train"))
 
 
-def test_killed_while_packing_and_started_again_gives_the_same_bytes(
-    packed: Path, corpus: Corpus, tokenizer: Path, tmp_path: Path
+def same_but_for_the_card(one: Path, other: Path) -> bool:
+    names = {path.name for path in one.iterdir()}
+    return names == {path.name for path in other.iterdir()} and all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in names - {"card.json"}
+    )
+
+
+def test_workers_side_by_side_leave_the_bytes_of_one_alone(
+    packed: Path, in_parts: Corpus, tokenizer: Path, tmp_path: Path
 ) -> None:
-    """The child stops in the middle of its third file and is killed there, so no kill comes too late."""
+    assert in_parts.parts > 5
+    run(CONFIG, tmp_path / "shards", in_parts, tokenizer, executor=ExecutorConfig(workers=2))
+    assert same_but_for_the_card(tmp_path / "shards", packed)
+
+
+def test_killed_between_parts_it_goes_on_with_those_that_are_missing(
+    packed: Path, in_parts: Corpus, tokenizer: Path, tmp_path: Path, parts_read: list[int]
+) -> None:
+    """The child stops in the middle of its third part and is killed there, so no kill comes too late."""
     out = tmp_path / "shards"
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom gemwright.data import shards\n"
+        "import sys, time\nfrom dataclasses import replace\nfrom pathlib import Path\n"
+        "from gemwright.data import packing\nfrom gemwright.data.executor import ExecutorConfig\n"
         "from gemwright.data.sources import Corpus\n"
-        "shards._BATCH_CHARACTERS = 3_000\nencode = shards.Tokenizer.encode_batch\n"
+        "encode, calls = packing.Tokenizer.encode_arrays, []\n"
         "def stall(self, *args, **options):\n"
-        "    if len(list(out.glob('*.bin'))) == 2:\n        print('stalled', flush=True); time.sleep(60)\n"
+        "    calls.append(args)\n"
+        "    if len(calls) == 3:\n        print('stalled', flush=True); time.sleep(60)\n"
         "    return encode(self, *args, **options)\n"
-        "shards.Tokenizer.encode_batch = stall\nout = Path(sys.argv[1])\n"
-        "config = shards.ShardsConfig(max_tokens_per_file=5_000)\n"
-        "shards.run(config, out, Corpus.folder(Path(sys.argv[2])), Path(sys.argv[3]))\n"
+        "packing.Tokenizer.encode_arrays = stall\n"
+        "text = replace(Corpus.folder(Path(sys.argv[2])), part_characters=int(sys.argv[4]))\n"
+        "config = packing.ShardsConfig(max_tokens_per_file=5_000)\n"
+        "one = ExecutorConfig(workers=1)\n"
+        "packing.run(config, Path(sys.argv[1]), text, Path(sys.argv[3]), executor=one)\n"
     )
-    command = [sys.executable, "-c", script, str(out), str(corpus.root), str(tokenizer)]
+    words = [out, in_parts.root, tokenizer, in_parts.part_characters]
+    command = [sys.executable, "-c", script, *map(str, words)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "stalled\n"
-        child.send_signal(signal.SIGKILL)
-    assert list(out.glob(".*.partial-*")), "the kill was to leave a torn file behind"
+        child.kill()
     with pytest.raises(ValueError, match="not finished"):
         Shards.open(out)
-    run(CONFIG, out, corpus, tokenizer)
-    for path in packed.iterdir():
-        if path.name != "card.json":
-            assert (out / path.name).read_bytes() == path.read_bytes()
-    assert {path.name for path in out.iterdir()} == {path.name for path in packed.iterdir()}
+    run(CONFIG, out, in_parts, tokenizer, executor=ExecutorConfig(workers=1))
+    assert parts_read == list(range(2, in_parts.parts))
+    assert same_but_for_the_card(out, packed)
+
+
+@pytest.fixture
+def half_joined(in_parts: Corpus, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose run was interrupted when all was tokenised and the training split joined."""
+    write = packing._write
+
+    def interrupted(folder: Path, split: Split, *others: Any) -> Any:
+        if split == "validation":
+            raise KeyboardInterrupt
+        return write(folder, split, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(CONFIG, tmp_path / "shards", in_parts, tokenizer, executor=ExecutorConfig(workers=1))
+    return tmp_path / "shards"
+
+
+def test_interrupted_while_joining_it_tokenises_nothing_again(
+    half_joined: Path, packed: Path, in_parts: Corpus, tokenizer: Path, parts_read: list[int]
+) -> None:
+    parts_read.clear()
+    run(CONFIG, half_joined, in_parts, tokenizer)
+    assert parts_read == []
+    assert same_but_for_the_card(half_joined, packed)
+
+
+def test_a_part_that_was_damaged_before_it_was_joined_is_named(
+    half_joined: Path, in_parts: Corpus, tokenizer: Path
+) -> None:
+    raw = half_joined / "resume/parts/00003/0.bin"
+    raw.write_bytes(raw.read_bytes()[:-2] + b"\0\0")
+    with pytest.raises(ValueError, match=r"00003/0.bin is damaged: .*--fresh"):
+        run(CONFIG, half_joined, in_parts, tokenizer)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A text of some sources, a part a row."""
+
+    rows: tuple[tuple[tuple[Split, str, str], ...], ...]
+    name: str = "shelf"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return {"sha256": str(hash(self.rows))}
+
+    @property
+    def parts(self) -> int:
+        return len(self.rows)
+
+    def part(self, number: int) -> Iterator[tuple[Split, Document]]:
+        for split, source, text in self.rows[number]:
+            yield split, Document(text, text, source)
+
+
+SHELF = Shelf(
+    (
+        (("train", "web", "one"), ("held_out", "code", "two"), ("train", "code", "three")),
+        (),
+        (("validation", "web", "four"), ("train", "web", "five"), ("train", "verse", "six")),
+        (("held_out", "web", "seven"), ("train", "code", "eight")),
+    )
+)
+
+
+@pytest.mark.parametrize("characters", [1, 2_000_000])
+def test_a_split_holds_its_sources_one_after_another(
+    tokenizer: Path, tmp_path: Path, characters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", characters)
+    run(ShardsConfig(), tmp_path / "shards", SHELF, tokenizer, executor=ExecutorConfig(workers=1))
+    shards, encoder = Shards.open(tmp_path / "shards"), Tokenizer.load(tokenizer)
+    texts = {split: encoder.decode(all_ids(shards, split).tolist(), control=True) for split in SPLITS}
+    assert texts["train"].replace("<bos>", "") == "one<eos>five<eos>three<eos>eight<eos>six<eos>"
+    assert texts["validation"] == "<bos>four<eos>"
+    assert texts["held_out"].replace("<bos>", "") == "seven<eos>two<eos>"
+
+
+def test_every_split_counts_every_source_and_what_is_not_there_is_nothing(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    run(ShardsConfig(), tmp_path / "shards", SHELF, tokenizer, executor=ExecutorConfig(workers=1))
+    splits, encoder = Shards.open(tmp_path / "shards").manifest.splits, Tokenizer.load(tokenizer)
+    assert {tuple(source.name for source in splits[split].sources) for split in SPLITS} == {
+        ("web", "code", "verse")
+    }
+    web, code, verse = splits["held_out"].sources
+    assert (verse.documents, verse.characters, verse.bytes, verse.tokens) == (0, 0, 0, 0)
+    assert (code.documents, code.characters, code.tokens) == (1, 3, len(encoder.encode("two")) + 2)
+    assert web.tokens + code.tokens == splits["held_out"].tokens
+
+
+def test_a_split_without_text_is_an_error(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"shelf has no text for held_out and validation\. Add text"):
+        run(ShardsConfig(), tmp_path / "shards", Shelf(((("train", "web", "one"),),)), tokenizer)
+
+
+def test_a_worker_imports_no_torch() -> None:
+    script = "import sys, gemwright.data.packing; print(sorted({'torch', 'datatrove'} & {*sys.modules}))"
+    printed = subprocess.check_output([sys.executable, "-c", script], text=True)
+    assert printed == "['datatrove']\n"
 
 
 def test_a_finished_folder_is_left_alone(damaged: Path, corpus: Corpus, tokenizer: Path) -> None:
@@ -200,9 +344,9 @@ def test_a_missing_manifest_is_named(damaged: Path) -> None:
         Shards.open(damaged)
 
 
-def test_a_newer_format_is_refused(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FORMAT", 2)
-    with pytest.raises(ValueError, match="has format 1, and this version reads 2"):
+def test_another_format_is_refused(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FORMAT", 3)
+    with pytest.raises(ValueError, match="has format 2, and this version reads 3"):
         Shards.open(damaged)
 
 
@@ -223,160 +367,4 @@ def test_a_read_crosses_files(packed: Path) -> None:
     shards = Shards.open(packed)
     whole = all_ids(shards, "train")
     for start, stop in [(0, 1), (4_999, 5_001), (5_000, 5_000), (5_000, 10_000), (4_000, 11_000)]:
-        assert torch.equal(shards.read("train", start, stop), whole[start:stop])
-
-
-def test_windows_cover_the_text_in_order(packed: Path) -> None:
-    shards = Shards.open(packed)
-    rows = torch.cat(list(Windows(shards, "train", 64).all(batch_size=7)))
-    whole = all_ids(shards, "train")
-    assert rows.dtype == torch.int64
-    assert torch.equal(rows[:, :-1].flatten(), whole[: len(rows) * 64])
-    assert torch.equal(rows[:, 1:].flatten(), whole[1 : len(rows) * 64 + 1])
-    assert 0 <= len(whole) - 1 - len(rows) * 64 < 64
-
-
-def epoch_of(windows: Windows, epoch: int) -> list[tuple[int, ...]]:
-    size = len(windows)
-    return [tuple(windows.batch(place, 1)[0].tolist()) for place in range(epoch * size, (epoch + 1) * size)]
-
-
-def test_each_epoch_is_a_new_permutation_of_every_window(packed: Path) -> None:
-    windows = Windows(Shards.open(packed), "held_out", 32, seed=3)
-    in_order = [tuple(row.tolist()) for row in torch.cat(list(windows.all(8)))]
-    first, second = epoch_of(windows, 0), epoch_of(windows, 1)
-    assert sorted(first) == sorted(second) == sorted(in_order)
-    assert first != second
-    assert first != in_order
-
-
-def test_the_batch_size_cuts_one_and_the_same_sequence(packed: Path) -> None:
-    """So batches cross epochs without dropping a window, and a run resumes from a step alone."""
-    windows = Windows(Shards.open(packed), "held_out", 32, seed=3)
-    steps = 3 * len(windows) // 70
-    long = torch.cat([windows.batch(step, 70) for step in range(steps)])
-    assert len(long) > 2 * len(windows)
-    assert torch.equal(long, torch.cat([windows.batch(step, 10) for step in range(7 * steps)]))
-
-
-def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(packed: Path) -> None:
-    uninterrupted = Windows(Shards.open(packed), "train", 64, seed=5)
-    seen = [uninterrupted.batch(step, 8) for step in range(20)]
-    resumed = Windows(Shards.open(packed), "train", 64, seed=5)
-    assert all(torch.equal(resumed.batch(step, 8), seen[step]) for step in range(12, 20))
-
-
-def test_another_seed_is_another_order(packed: Path) -> None:
-    first, second = (Windows(Shards.open(packed), "train", 64, seed=seed) for seed in (0, 1))
-    assert not torch.equal(first.batch(0, 16), second.batch(0, 16))
-
-
-def test_the_order_is_pinned() -> None:
-    """An order that changes with a release would break every resumed run."""
-    index = np.arange(12, dtype=np.uint64)
-    assert module._permuted(index, 12, module._key(7, np.zeros_like(index))).tolist() == PINNED
-
-
-PINNED = [9, 4, 7, 0, 5, 8, 10, 2, 1, 3, 11, 6]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 64, 1_000])
-def test_the_keyed_order_is_a_permutation_of_any_size(size: int) -> None:
-    index = np.arange(size, dtype=np.uint64)
-    for seed in range(5):
-        order = module._permuted(index, size, module._key(seed, np.zeros_like(index)))
-        assert sorted(order.tolist()) == list(range(size))
-
-
-def test_every_window_comes_equally_often_in_every_place() -> None:
-    """Ten windows over 20,000 epochs; a fair order gives 2,000 each, and five deviations are 212."""
-    epochs, size = 20_000, 10
-    epoch = np.repeat(np.arange(epochs, dtype=np.uint64), size)
-    place = np.tile(np.arange(size, dtype=np.uint64), epochs)
-    window = module._permuted(place, size, module._key(1, epoch))
-    counts = np.zeros((size, size), int)
-    np.add.at(counts, (place.astype(int), window.astype(int)), 1)
-    assert np.abs(counts - epochs / size).max() < 212
-
-
-def rows_of(windows: Windows) -> set[tuple[int, ...]]:
-    return {tuple(row.tolist()) for batch in windows.all(16) for row in batch}
-
-
-def test_runs_with_other_seeds_see_the_same_tokens_under_max_tokens(packed: Path) -> None:
-    shards = Shards.open(packed)
-    first, second = (Windows(shards, "train", 64, seed=seed, max_tokens=1_300) for seed in (0, 1))
-    assert len(first) == 20
-    assert first.tokens == 1_280
-    assert rows_of(first) == rows_of(second) == set(epoch_of(first, 0)) == set(epoch_of(second, 4))
-    assert rows_of(first) != rows_of(Windows(shards, "train", 64, max_tokens=1_300, subset_seed=1))
-
-
-@pytest.mark.parametrize("max_tokens", [None, 1_300])
-def test_a_batch_is_what_its_numbers_take(packed: Path, max_tokens: int | None) -> None:
-    """Numbers count the windows of the whole split, whatever is kept of them."""
-    shards = Shards.open(packed)
-    windows, whole = Windows(shards, "train", 64, seed=4, max_tokens=max_tokens), all_ids(shards, "train")
-    for step in range(6):
-        numbers = windows.numbers(step, 7)
-        expected = torch.stack([whole[int(n) * 64 : int(n) * 64 + 65] for n in numbers])
-        assert torch.equal(windows.batch(step, 7), expected)
-        assert torch.equal(windows.take(numbers), expected)
-
-
-@pytest.mark.parametrize("max_tokens", [None, 1_300])
-def test_the_windows_in_order_are_those_of_every_epoch(packed: Path, max_tokens: int | None) -> None:
-    windows = Windows(Shards.open(packed), "train", 64, seed=4, max_tokens=max_tokens)
-    numbers, size = windows.in_order(), len(windows)
-    assert np.array_equal(numbers, np.unique(numbers)), "ascending, none twice"
-    assert len(numbers) == size <= windows.total
-    assert torch.equal(windows.take(numbers), torch.cat(list(windows.all(16))))
-    for epoch in (0, 1):
-        seen = np.concatenate(
-            [windows.numbers(place, 1) for place in range(epoch * size, (epoch + 1) * size)]
-        )
-        assert np.array_equal(np.sort(seen), numbers)
-        assert not np.array_equal(seen, numbers)
-
-
-def test_without_a_subset_the_windows_in_order_are_all_of_the_split(packed: Path) -> None:
-    windows = Windows(Shards.open(packed), "train", 64)
-    assert windows.in_order().tolist() == list(range(windows.total))
-
-
-def test_a_smaller_subset_lies_inside_a_larger_one(packed: Path) -> None:
-    shards = Shards.open(packed)
-    assert rows_of(Windows(shards, "train", 64, max_tokens=640)) < rows_of(
-        Windows(shards, "train", 64, max_tokens=6_400)
-    )
-
-
-def test_a_split_shorter_than_a_window_is_an_error(packed: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"one window takes 1,000,001. Use more text, or a seq_len of at most"
-    ):
-        Windows(Shards.open(packed), "train", 1_000_000)
-
-
-def test_max_tokens_below_one_window_is_an_error(packed: Path) -> None:
-    with pytest.raises(ValueError, match="max_tokens=63 holds no window of seq_len=64"):
-        Windows(Shards.open(packed), "train", 64, max_tokens=63)
-
-
-def test_targets_are_weighed_as_drawn() -> None:
-    """<bos>=2 begins a document, <eos>=1 ends it, <pad>=0 is nothing. A row of weights is one id shorter."""
-    ids = torch.tensor(
-        [
-            [2, 9, 8, 7, 1, 2],
-            [9, 1, 2, 2, 1, 2],
-            [2, 9, 1, 0, 0, 0],
-            [9, 9, 9, 9, 9, 9],
-        ]
-    )
-    weights = [
-        [1, 1, 1, 1, 0],
-        [1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 1],
-    ]
-    assert target_weights(ids).tolist() == weights
+        assert np.array_equal(shards.read("train", start, stop), whole[start:stop])

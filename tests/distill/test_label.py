@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemwright.data.shards import Shards, Windows
+from gemwright.data.shards import Shards
 from gemwright.data.sources import Corpus
+from gemwright.data.windows import Windows
 from gemwright.device import Ranks
 from gemwright.distill import label
 from gemwright.distill.label import LabelConfig, run

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 import gemwright
-from gemwright.data.shards import Shards, ShardsConfig, Windows
-from gemwright.data.shards import run as pack
+from gemwright.data.packing import ShardsConfig
+from gemwright.data.packing import run as pack
+from gemwright.data.shards import Shards
 from gemwright.data.sources import Corpus
+from gemwright.data.windows import Windows
 from gemwright.distill import pretrain
 from gemwright.distill.pretrain import PretrainConfig, run, tokenizer_of
 from gemwright.evaluate.likelihood import nats_per_token

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemwright.data.shards import Shards, Windows, target_weights
+from gemwright.data.shards import Shards
+from gemwright.data.windows import Windows, target_weights
 from gemwright.evaluate import likelihood
 from gemwright.evaluate.likelihood import accuracy, nats_per_token
 from gemwright.evaluate.task import Item, Task, build_tasks

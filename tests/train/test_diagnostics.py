@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemwright.data.shards import Shards, Windows
+from gemwright.data.shards import Shards
+from gemwright.data.windows import Windows
 from gemwright.distill import label, pretrain
 from gemwright.distill.label import LabelConfig
 from gemwright.distill.pretrain import PretrainConfig

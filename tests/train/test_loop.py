@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemwright.data.shards import Shards, Windows
+from gemwright.data.shards import Shards
+from gemwright.data.windows import Windows
 from gemwright.losses import divergence
 from gemwright.model import checkpoint
 from gemwright.model.config import GemmaConfig

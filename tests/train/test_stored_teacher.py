@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemwright.data.shards import Shards, ShardsConfig, Windows
-from gemwright.data.shards import run as pack
+from gemwright.data.packing import ShardsConfig
+from gemwright.data.packing import run as pack
+from gemwright.data.shards import Shards
 from gemwright.data.sources import Corpus
+from gemwright.data.windows import Windows
 from gemwright.distill import label, pretrain
 from gemwright.distill.label import LabelConfig
 from gemwright.distill.pretrain import PretrainConfig, shards_of
