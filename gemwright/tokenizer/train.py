@@ -8,12 +8,13 @@ Two choices are ours. `[toxicity=0]` and `<unused99>`, which Gemma keeps beside 
 printable ASCII always has its pieces, so that a digit that the text never shows is still a piece.
 
 Runs of newlines, spaces and tabs are pieces from the start, and SentencePiece learns nothing across such a
-piece, so text may be cut at newlines without changing the result.
+piece, so text may be cut at newlines without changing the result. A single tab is a byte, as in Gemma.
 """
 
 import heapq
 import io
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +45,10 @@ _FIXED = 4 + len(_FIRST) + 256 + len(_ASCII) + len(_LAST)
 _CHUNK = 16_384  # characters: the unit of sampling
 _MOST_BYTES = 4 * _CHUNK  # of a chunk in UTF-8; SentencePiece drops what is longer than its limit
 _PROBE = 1_000_000  # characters on which the result is measured
-_RESERVED = "▅"  # U+2585: SentencePiece drops a whole sentence that holds it
+
+# SentencePiece drops a whole sentence that holds U+2585. A tab is its own sign for "here was a fixed piece":
+# where text holds many, it learns pieces across that sign, and runs of tabs a second time.
+_RESERVED = re.compile("[▅\t]+")
 
 
 class TokenizerConfig(Config):
@@ -90,7 +94,7 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> bytes:
         named |= {f"{name}_piece": f"<{name}>", f"{name}_id": SPECIAL[f"<{name}>"]}
     try:
         SentencePieceTrainer.Train(
-            sentence_iterator=(part for chunk in chunks for part in chunk.split(_RESERVED)),
+            sentence_iterator=(part for chunk in chunks for part in _RESERVED.split(chunk)),
             model_writer=writer,
             model_type="bpe",
             vocab_size=wanted,
