@@ -6,7 +6,7 @@ Plots are SVG inside the page: no script, no network, and the same numbers give 
 import html
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,10 @@ class Report:
         below = f"<figcaption class=note>{html.escape(caption)}</figcaption>"
         self._parts.append(f"<figure>{_svg(series, x, y, log_x)}{below}</figure>")
 
+    def bars(self, names: Sequence[str], values: Sequence[int], *, x: str) -> None:
+        """Horizontal bars, the first on top, each with its value."""
+        self._parts.append(f"<figure>{_bars(names, values, x)}</figure>")
+
     def write(self, folder: Path) -> Path:
         """Write `report.html` and `report.json`; returns the page's path."""
         title = html.escape(self.title)
@@ -110,14 +114,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _svg(series: Sequence[Series], x: str, y: str, log_x: bool) -> str:
-    # matplotlib takes most of a second to import, and says at INFO that it made a font cache
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "gemwright", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(7.5, 4), layout="constrained")
-        axes = figure.subplots()
+    def draw(axes: Any) -> None:
         for line in series:
             marker = "o" if len(line.x) < 10 else None
             axes.errorbar(
@@ -129,6 +126,33 @@ def _svg(series: Sequence[Series], x: str, y: str, log_x: bool) -> str:
             axes.set_xscale("log")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
+
+    return _drawn(draw, height=4.0)
+
+
+def _bars(names: Sequence[str], values: Sequence[int], x: str) -> str:
+    def draw(axes: Any) -> None:
+        bars = axes.barh(range(len(names)), values, color=COLOURS["distilled"])
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.bar_label(bars, labels=[f"{value:,}" for value in values], padding=3)
+        axes.set_xlim(0, 1.15 * max([1, *values]))
+        axes.set_xlabel(x)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    return _drawn(draw, height=1 + 0.3 * max(2, len(names)))
+
+
+def _drawn(draw: Callable[[Any], None], height: float) -> str:
+    """What `draw` puts on a pair of axes, as SVG; `height` in inches."""
+    # matplotlib takes most of a second to import, and says at INFO that it made a font cache
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "gemwright", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(7.5, height), layout="constrained")
+        draw(figure.subplots())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2]

@@ -8,7 +8,19 @@ from typer.core import TyperGroup
 
 from gemwright.cli import recipe, text, training, use
 
-VERBS = ("run", "tokenizer", "shards", "pretrain", "label", "targets", "distill", "generate", "ablate")
+VERBS = (
+    "run",
+    "curate",
+    "tokenizer",
+    "shards",
+    "pretrain",
+    "label",
+    "targets",
+    "distill",
+    "prompts",
+    "generate",
+    "ablate",
+)
 
 
 class _Pipeline(TyperGroup):

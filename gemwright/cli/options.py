@@ -1,6 +1,7 @@
 """The options that several verbs share, and the one line of JSON."""
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,28 @@ Set = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an existing result aside and start anew.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON, last on stdout.")]
+
+
+class Where(StrEnum):
+    """Where tasks run."""
+
+    LOCAL = "local"
+    RAY = "ray"
+    SLURM = "slurm"
+
+
+Executor = Annotated[Where, typer.Option("--executor", help="Where the tasks run.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Tasks at once; one a core by default.")
+]
+Partition = Annotated[str | None, typer.Option("--partition", help="Slurm's partition.")]
+
+
+def executor_config(kind: Where, workers: int | None, partition: str | None) -> Any:
+    """Those three as an `ExecutorConfig`."""
+    from gemwright.data.executor import ExecutorConfig
+
+    return ExecutorConfig(kind=kind.value, workers=workers, partition=partition)
 
 
 def tell(as_json: bool, data: dict[str, Any], text: str) -> None:

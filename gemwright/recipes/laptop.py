@@ -1,9 +1,9 @@
 """The laptop recipe: the Gemma 2 result in minutes, on a CPU, on text that every machine has.
 
-A tokenizer, shards, a teacher trained from scratch; then, several times over, a student distilled from it and
-its twin trained from scratch: the same weights to begin with, the same tokens in the same order as often,
-only the loss differs. Each function below returns the whole config of one stage, in order; `run` goes through
-them, skipping what is finished.
+The text curated, a tokenizer, shards, a teacher trained from scratch; then, several times over, a student
+distilled from it and its twin trained from scratch: the same weights to begin with, the same tokens in the
+same order as often, only the loss differs. Each function below returns the whole config of one stage, in
+order; `run` goes through them, skipping what is finished.
 
 The comparison is fair on purpose. The learning rate is chosen for the student and for the twin apart, each by
 its own validation loss. The teacher has more than four times the student's parameters and has read more text,
@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from gemwright.config import Config
-from gemwright.data import shards as sharding
-from gemwright.data.shards import ShardsConfig
-from gemwright.data.sources import Corpus
+from gemwright.curate import pipeline
+from gemwright.curate.pipeline import CurateConfig
+from gemwright.data import packing
+from gemwright.data.curated import Curated
+from gemwright.data.packing import ShardsConfig
 from gemwright.distill import pretrain
 from gemwright.distill.pretrain import PretrainConfig
 from gemwright.evaluate.likelihood import accuracy
 from gemwright.evaluate.task import Task, build_tasks
 from gemwright.generate.language_model import load
 from gemwright.model.config import GemmaConfig, alternating
+from gemwright.reading.units import LIBRARY
 from gemwright.run import Card, RunFolder, move_aside, run_stage, say
 from gemwright.tokenizer import train as tokenizing
 from gemwright.tokenizer.train import TokenizerConfig
@@ -58,6 +61,11 @@ class EvaluationConfig(Config):
     """Beginnings that each model continues, greedily."""
     sample_tokens: int = 40
     """Length of those continuations."""
+
+
+def curated() -> CurateConfig:
+    """All filters but the rules for prose, which the source code of the default text is not."""
+    return CurateConfig(quality=None)
 
 
 def tokenizer() -> TokenizerConfig:
@@ -112,18 +120,22 @@ def run(root: Path, corpus: Path | None = None, *, fresh: bool = False) -> Path:
     """
     if corpus is not None and root.resolve().is_relative_to(corpus.resolve()):
         raise ValueError(f"the corpus {corpus} holds {root}, so results would become text. Move one of them.")
-    text = Corpus.folder(corpus) if corpus else Corpus.standard_library()
-    questions = build_tasks(
-        [d.text for d in text.documents("held_out")], evaluation().items, evaluation().seed
-    )
     if fresh:
         move_aside(root)
     cards: dict[str, Card] = {}
     tokens, data = root / "tokenizer", root / "shards"
+    cards["curated"] = pipeline.curate(
+        curated(), root / "curated", [str(corpus.resolve()) if corpus else LIBRARY]
+    )
+    text = Curated.open(root / "curated")
+    text.require_splits()
+    questions = build_tasks(
+        [d.text for d in text.documents("held_out")], evaluation().items, evaluation().seed
+    )
     cards["tokenizer"] = tokenizing.run(
         tokenizer(), tokens, lambda: (d.text for d in text.documents("train")), text.facts
     )
-    cards["shards"] = sharding.run(shards(), data, text, tokens)
+    cards["shards"] = packing.run(shards(), data, text, tokens)
     cards["teacher"] = pretrain.run(teacher(), root / "teacher", data)
 
     def train(kind: str, name: str, config: PretrainConfig) -> Card:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gemwright.data.sources import Corpus
+from gemwright.data.curated import Curated
 from gemwright.recipes import laptop
 from gemwright.report import COLOURS, Report, Series, mean_std, plus_minus, text_table
 from gemwright.run import Card, read_metrics
@@ -13,7 +13,7 @@ KINDS = ("teacher", "distilled", "scratch")
 NAMES = {"teacher": "teacher", "distilled": "student, distilled", "scratch": "twin, from scratch"}
 
 
-def write(root: Path, cards: dict[str, Card], corpus: Corpus) -> Path:
+def write(root: Path, cards: dict[str, Card], corpus: Curated) -> Path:
     """Write `report.html` and `report.json` into `root`; returns the page's path."""
     runs = {kind: [kind, *(n for n in cards if n.startswith(f"{kind}-seed"))] for kind in KINDS}
     nats = {
@@ -56,7 +56,8 @@ def write(root: Path, cards: dict[str, Card], corpus: Corpus) -> Path:
     }
     page = Report("A student distilled, and its twin from scratch", data)
     page.text(
-        f"Text: {corpus.name}. The student and its twin begin with the same weights and see the same "
+        f"Text: {' and '.join(corpus.manifest.sources)}, curated (curated/report.html). "
+        "The student and its twin begin with the same weights and see the same "
         f"{laptop.TOKENS:,} tokens {laptop.EPOCHS} times; the one learns from the teacher's distribution, "
         "the other from the next token. "
         f"Distillation recovers {recovered:.0%} of the distance from twin to teacher."

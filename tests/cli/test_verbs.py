@@ -193,3 +193,25 @@ def test_a_mistake_of_ours_is_not_hidden(gemwright: Callable[..., Any], monkeypa
     monkeypatch.setattr("gemwright.generate.language_model.load", broken)
     with pytest.raises(NotImplementedError):
         gemwright("generate", "model", "x")
+
+
+def test_curated_text_goes_on_to_a_tokenizer_and_shards(
+    gemwright: Callable[..., Any], text_folder: Path, tmp_path: Path
+):
+    curated, tokenizer = tmp_path / "curated", tmp_path / "tokenizer"
+    said = gemwright(
+        "curate", text_folder, "--set", "quality=null", "--workers", 1, "--out", curated, "--json"
+    )
+    result = json.loads(said.out)
+    assert {"documents", "kept", "dropped", "seconds"} <= set(result)
+    assert result["documents"] == result["kept"] + sum(result["dropped"].values())
+    assert gemwright("tokenizer", "train", curated, "--size", 700, "--out", tokenizer).code == 0
+    said = gemwright("shards", curated, "--tokenizer", tokenizer, "--out", tmp_path / "shards", "--json")
+    assert json.loads(said.out)["held_out_tokens"] > 0
+
+
+def test_prompts_say_what_was_kept_and_where_the_page_is(gemwright: Callable[..., Any], tmp_path: Path):
+    (tmp_path / "log.jsonl").write_text('{"prompt": "How do I boil an egg?"}\n{"prompt": "Hi"}\n{"a": 1}\n')
+    said = gemwright("prompts", tmp_path / "log.jsonl", "--out", tmp_path / "out", "--workers", 1)
+    assert "1 of 3 documents kept; dropped: 1 missing_key, 1 too_short" in said.out
+    assert said.out.splitlines()[-1] == str(tmp_path / "out/report.html")

@@ -83,7 +83,8 @@ def test_the_seconds_add_up_to_those_of_all_stages(root: Path, report: dict[str,
 
 
 def test_every_stage_is_finished(root: Path):
-    assert {card.stage for card in cards(root)} == {"tokenizer", "shards", "pretrain", "distill", "evaluate"}
+    stages = {"curate", "tokenizer", "shards", "pretrain", "distill", "evaluate"}
+    assert {card.stage for card in cards(root)} == stages
     assert all(card.finished for card in cards(root))
 
 

@@ -1,0 +1,316 @@
+"""From raw text or chat logs to what may be learnt from: the stages `curate` and `prompts`.
+
+The report names its aims (section 3.1, and Gemma 1's): fewer unwanted or unsafe utterances, certain personal
+information filtered, evaluation sets removed, less recitation; for LMSYS-Chat its prompts, never its answers.
+It names no method. The order below is ours: what is cheap and drops much comes first, and duplicates are
+looked for among what is left.
+
+    read  language  unsafe  self_identification  contamination  quality  personal  |  exact  |  near
+
+Between bars, each task runs on its own; across them, all tasks have to be finished. While a stage runs, its
+`resume/` holds what each task wrote and the markers of those that are finished; at the end it is removed.
+"""
+
+import functools
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+from pydantic import PositiveInt
+
+from gemwright.config import Config
+from gemwright.curate import dedup, steps
+from gemwright.curate.dedup import NearConfig
+from gemwright.curate.report import Tally, write_report
+from gemwright.data.curated import (
+    DOCUMENTS,
+    FORMAT,
+    MANIFEST,
+    STAGE,
+    CuratedManifest,
+    read_rows,
+    split_source,
+)
+from gemwright.data.executor import LOCAL, ExecutorConfig, execute
+from gemwright.filters.decontaminate import Index, read_benchmarks
+from gemwright.filters.quality import QualityConfig
+from gemwright.filters.unsafe import Unsafe, UnsafeConfig
+from gemwright.reading.records import ReadConfig
+from gemwright.reading.units import Unit, plan
+from gemwright.run import RESUME, Card, RunFolder, atomic, run_stage, write_json
+
+PROMPTS = "prompts.jsonl"
+_KEPT_PROMPTS = f"{RESUME}/kept"
+
+_TASKS, _LEAST, _MOST = 8, 2**20, 2**26  # a task reads an eighth of the whole, within these bounds
+_MOST_TASKS = 500  # a bucket of MinHash opens one file of each, and systems allow about a thousand
+
+
+class FilterConfig(Config):
+    """What both stages filter by; None turns a filter off."""
+
+    read: ReadConfig = ReadConfig()
+    """How files become records."""
+    languages: tuple[str, ...] | None = None
+    """Codes of the languages to keep; None keeps all."""
+    unsafe: UnsafeConfig | None = UnsafeConfig()
+    """Word lists and a score."""
+    personal: Literal["redact", "drop"] | None = "redact"
+    """Replace personal information by its kind, or drop what holds any."""
+    phone_regions: tuple[str, ...] = ("US", "GB")
+    """Countries whose telephone numbers are known without their +code."""
+    exact_duplicates: bool = True
+    """Keep one of equal documents."""
+    near_duplicates: NearConfig | None = NearConfig()
+    """Keep one of nearly equal documents."""
+
+
+class CurateConfig(FilterConfig):
+    """Text to learn from."""
+
+    quality: QualityConfig | None = QualityConfig()
+    """Rules for prose; None for source code, which they would drop."""
+    self_identification: bool = True
+    """Drop text in which a model speaks of itself."""
+
+
+class PromptsConfig(FilterConfig):
+    """Prompts to be answered by a teacher."""
+
+    languages: tuple[str, ...] | None = ("en",)
+    """English only, as in the report (section 5)."""
+    min_characters: PositiveInt = 8
+    """Of all turns of a conversation together: below, there is nothing to answer. Ours."""
+    max_characters: PositiveInt = 16_000
+    """About 4,000 tokens, half of Gemma 2's context, so that an answer has room. Ours."""
+
+
+Checks = Iterator[tuple[str, Callable[[Document], str | None]]]  # in order, each with its step's name
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """In what the two stages differ."""
+
+    name: str
+    reader: type[steps.Read] | type[steps.ReadPrompts]
+    checks: Callable[[Path | None], Checks]
+    """Given where the index of benchmarks lies, if there is one."""
+    kept: str
+    """Where the last pipeline writes, inside the stage's folder."""
+    finish: Callable[[Path, Tally], None]
+    """What is made of that."""
+    next_step: str = ""
+
+
+def curate(
+    config: CurateConfig,
+    out: Path,
+    sources: Sequence[str],
+    *,
+    against: Sequence[Path] = (),
+    executor: ExecutorConfig = LOCAL,
+    fresh: bool = False,
+) -> Card:
+    """The stage that makes a curated folder: `documents/`, `rejects/`, `curated.json` and a report.
+
+    Args:
+        sources: as `readers.plan` takes them: files, folders, `hf:owner/name`, `python`.
+        against: benchmark files or folders; documents that hold an item of theirs are dropped.
+        executor: where the tasks run; changes nothing in the result.
+    Raises:
+        FileNotFoundError: a source or benchmark is missing.
+        ValueError: nothing to read in them, a word list or score that does not load, or `out` holds other
+            work.
+    """
+
+    def checks(index: Path | None) -> Checks:
+        yield "language", functools.partial(steps.check_language, kept=config.languages)
+        if config.unsafe is not None:
+            yield "unsafe", functools.partial(steps.check_unsafe, config=config.unsafe)
+        if config.self_identification:
+            yield "self_identification", steps.check_self_identification
+        if index is not None:
+            yield "contamination", functools.partial(steps.check_contamination, index=index)
+        if config.quality is not None:
+            yield "quality", functools.partial(steps.check_quality, config=config.quality)
+        if config.personal is not None:
+            yield "personal", _personal(config)
+
+    def finish(folder: Path, tally: Tally) -> None:
+        manifest = CuratedManifest(
+            format=FORMAT,
+            sources={name: split_source(kept.documents, kept.sizes) for name, kept in tally.kept.items()},
+            files=tuple(sorted(path.name for path in (folder / DOCUMENTS).glob("*"))),
+        )
+        write_json(folder / MANIFEST, manifest.to_dict())
+
+    next_step = f"gemwright tokenizer train {out} --out {out.parent / 'tokenizer'}"
+    stage = _Stage(STAGE, steps.Read, checks, DOCUMENTS, finish, next_step)
+    return _run(stage, config, out, sources, against, executor, fresh)
+
+
+def prompts(
+    config: PromptsConfig,
+    out: Path,
+    sources: Sequence[str],
+    *,
+    against: Sequence[Path] = (),
+    executor: ExecutorConfig = LOCAL,
+    fresh: bool = False,
+) -> Card:
+    """The stage that makes `prompts.jsonl`: one record a conversation, its user turns and no answer.
+
+    A record is `{"id", "turns", "language", "source"}`. Arguments and errors as `curate`.
+    """
+
+    def checks(index: Path | None) -> Checks:
+        yield "log", steps.check_log
+        length = {"least": config.min_characters, "most": config.max_characters}
+        yield "length", functools.partial(steps.check_length, **length)
+        yield "language", functools.partial(steps.check_language, kept=config.languages)
+        if config.unsafe is not None:
+            yield "unsafe", functools.partial(steps.check_unsafe, config=config.unsafe)
+        if index is not None:
+            yield "contamination", functools.partial(steps.check_contamination, index=index)
+        if config.personal is not None:
+            yield "personal", _personal(config)
+
+    def finish(folder: Path, tally: Tally) -> None:
+        with atomic(folder / PROMPTS) as partial, open(partial, "wb") as file:
+            for path in sorted((folder / _KEPT_PROMPTS).glob("*.zst")):
+                for row in read_rows(path):
+                    about = row["metadata"]
+                    record = {"id": row["id"], "turns": row["text"].split(steps.TURN)}
+                    record |= {"language": about["language"], "source": about["source"]}
+                    file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+    stage = _Stage("prompts", steps.ReadPrompts, checks, _KEPT_PROMPTS, finish)
+    return _run(stage, config, out, sources, against, executor, fresh)
+
+
+def _personal(config: FilterConfig) -> Callable[[Document], str | None]:
+    how = {"action": config.personal, "regions": config.phone_regions}
+    return functools.partial(steps.check_personal, **how)
+
+
+def _run(
+    stage: _Stage,
+    config: FilterConfig,
+    out: Path,
+    sources: Sequence[str],
+    against: Sequence[Path],
+    executor: ExecutorConfig,
+    fresh: bool,
+) -> Card:
+    units = plan(sources)
+    if config.unsafe is not None:
+        Unsafe(config.unsafe)  # a list or score that does not load is told before anything is read
+
+    def work(folder: RunFolder) -> dict[str, Any]:
+        resume, index = folder.path / RESUME, None
+        if against:
+            index = resume / "against.npz"
+            Index.build(item for path in against for item in read_benchmarks(path)).save(index)
+        ledgers = resume / "ledgers"
+        rejects = functools.partial(steps.Rejects, folder.path, ledgers)
+        tasks = _tasks(units)
+        checks = list(stage.checks(index))
+        first: list[PipelineStep] = [stage.reader(tasks, config.read, rejects("read"))]
+        first += [steps.Check(name, check, rejects(name)) for name, check in checks]
+        keep = steps.Keep(folder.path / stage.kept, resume / "tally")
+        later = _filter_and_deduplicate(config, first, keep, resume, rejects, len(tasks), executor)
+        tally = Tally.add_up(["read", *(name for name, _ in checks), *later], ledgers, resume / "tally")
+        stage.finish(folder.path, tally)
+        write_report(stage.name, folder.path, tally, config.near_duplicates)
+        shutil.rmtree(resume)
+        return {"documents": tally.documents, "kept": tally.total_kept, "dropped": tally.dropped_by_reason}
+
+    words = config.unsafe.words if config.unsafe else ()
+    read = [*against, *map(Path, words)]
+    return run_stage(
+        stage.name, config, out, work, inputs={str(path): path for path in read},
+        facts={"sources": _identity(units)}, fresh=fresh, next_step=stage.next_step,
+    )  # fmt: skip
+
+
+def _filter_and_deduplicate(
+    config: FilterConfig,
+    first: list[PipelineStep],
+    keep: steps.Keep,
+    resume: Path,
+    rejects: Callable[..., steps.Rejects],
+    tasks: int,
+    executor: ExecutorConfig,
+) -> list[str]:
+    """Run every pipeline of the stage; returns the names of the steps after `first`, in order.
+
+    A pipeline's last step either keeps documents or leaves them, with signatures, to the next pipeline.
+    """
+
+    def go(name: str, pipeline: list[PipelineStep], number: int = tasks) -> None:
+        execute(pipeline, number, resume / "tasks" / name, executor, name)
+
+    exact, near = resume / "exact", resume / "near"
+    pipeline, name, names = first, "filter", []
+    if config.exact_duplicates:
+        # Its finder merges sorted files one entry after the other, so large corpora get several of them.
+        finders = max(1, tasks // _TASKS)
+        signature = dedup.ExactSignature(exact / "signatures", finders)
+        go(name, [*pipeline, steps.writer(resume / "filtered"), signature])
+        go("exact-find", [dedup.find_exact(exact / "signatures", exact / "removals")], finders)
+        dropper = dedup.drop_exact(exact / "removals", rejects("exact", "exact_duplicate"))
+        pipeline, name = [steps.Documents(resume / "filtered"), dropper], "exact"
+        names.append(name)
+    if config.near_duplicates is not None:
+        near_config = config.near_duplicates
+        signature = dedup.near_signature(near / "signatures", near_config)
+        go(name, [*pipeline, steps.writer(resume / "distinct"), signature])
+        go(
+            "near-find",
+            [dedup.find_near(near / "signatures", near / "pairs", near_config)],
+            near_config.buckets,
+        )
+        go("near-cluster", [dedup.cluster_near(near / "pairs", near / "removals", near_config)], 1)
+        dropper = dedup.drop_near(near / "removals", rejects("near", "near_duplicate"))
+        pipeline, name = [steps.Documents(resume / "distinct"), dropper], "near"
+        names.append(name)
+    go(name, [*pipeline, keep])
+    return names
+
+
+def _tasks(units: Sequence[Unit]) -> list[list[Unit]]:
+    """Neighbouring units together, so that tasks read about the same amount, whatever the machine."""
+    total = sum(unit.size for unit in units)
+    wanted = max(min(max(total / _TASKS, _LEAST), _MOST), total / _MOST_TASKS)
+    tasks: list[list[Unit]] = []
+    filled = math.inf
+    for unit in units:
+        if filled + unit.size / 2 > wanted and len(tasks) < _MOST_TASKS:
+            tasks.append([])
+            filled = 0
+        tasks[-1].append(unit)
+        filled += unit.size
+    return tasks
+
+
+def _identity(units: Sequence[Unit]) -> str:
+    """What identifies the text before it is read: each file's name, size and time of change.
+
+    Its content would be better, but reading all of it twice is not worth it at scale.
+    """
+    digest = hashlib.sha256()
+    for source, path in dict.fromkeys((unit.source, unit.path) for unit in units):
+        known = [source, str(path)]
+        if isinstance(path, Path):
+            about = path.stat()
+            known += [str(about.st_size), str(about.st_mtime_ns)]
+        digest.update(repr(known).encode(errors="surrogatepass"))
+    return digest.hexdigest()
