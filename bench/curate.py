@@ -79,19 +79,19 @@ def plain(inputs: Path, index: Path, out: Path) -> int:
     def writer(name: str) -> JsonlWriter:
         return JsonlWriter(str(out / name), compression="zstd")
 
+    go("exact-1", [reader(inputs), ExactDedupSignature(str(out / "e1"), exact)])
+    go("exact-2", [ExactFindDedups(str(out / "e1"), str(out / "e2"), exact)], 1)
     go("filter", [
-        reader(inputs), Lambda(steps.check_language, kept=None),
-        Lambda(steps.check_unsafe, config=UnsafeConfig()), Lambda(steps.check_self_identification),
-        Lambda(steps.check_contamination, index=index), Lambda(steps.check_quality, config=QualityConfig()),
+        reader(inputs), ExactDedupFilter(str(out / "e2"), exact),
+        Lambda(steps.check_language, kept=None), Lambda(steps.check_unsafe, config=UnsafeConfig()),
+        Lambda(steps.check_self_identification), Lambda(steps.check_contamination, index=index),
+        Lambda(steps.check_quality, config=QualityConfig()),
         Lambda(steps.check_personal, action="redact", regions=("US", "GB")), writer("filtered"),
     ])  # fmt: skip
-    go("exact-1", [reader(out / "filtered"), ExactDedupSignature(str(out / "e1"), exact)])
-    go("exact-2", [ExactFindDedups(str(out / "e1"), str(out / "e2"), exact)], 1)
-    go("exact-3", [reader(out / "filtered"), ExactDedupFilter(str(out / "e2"), exact), writer("distinct")])
-    go("near-1", [reader(out / "distinct"), dedup.near_signature(out / "n1", near)])
+    go("near-1", [reader(out / "filtered"), dedup.near_signature(out / "n1", near)])
     go("near-2", [dedup.find_near(out / "n1", out / "n2", near)], near.buckets)
     go("near-3", [dedup.cluster_near(out / "n2", out / "n3", near)], 1)
-    go("near-4", [reader(out / "distinct"), dedup.drop_near(out / "n3", None), writer("kept")])
+    go("near-4", [reader(out / "filtered"), dedup.drop_near(out / "n3", None), writer("kept")])
     return sum(len(list(steps.curated.read_rows(path))) for path in (out / "kept").glob("*.zst"))
 
 

@@ -2,10 +2,9 @@
 
 The report names its aims (section 3.1, and Gemma 1's): fewer unwanted or unsafe utterances, certain personal
 information filtered, evaluation sets removed, less recitation; for LMSYS-Chat its prompts, never its answers.
-It names no method. The order below is ours: what is cheap and drops much comes first, and duplicates are
-looked for among what is left.
+It names no method. The order below is ours: what is cheap and drops much comes first.
 
-    read  language  unsafe  self_identification  contamination  quality  personal  |  exact  |  near
+    read  |  exact  language  unsafe  self_identification  contamination  quality  personal  |  near
 
 Between bars, each task runs on its own; across them, all tasks have to be finished. While a stage runs, its
 `resume/` holds what each task wrote and the markers of those that are finished; at the end it is removed.
@@ -222,12 +221,11 @@ def _run(
         ledgers = resume / "ledgers"
         rejects = functools.partial(steps.Rejects, folder.path, ledgers)
         tasks = _tasks(units)
-        checks = list(stage.checks(index))
-        first: list[PipelineStep] = [stage.reader(tasks, config.read, rejects("read"))]
-        first += [steps.Check(name, check, rejects(name)) for name, check in checks]
+        reader = stage.reader(tasks, config.read, rejects("read"))
+        checks = [steps.Check(name, check, rejects(name)) for name, check in stage.checks(index)]
         keep = steps.Keep(folder.path / stage.kept, resume / "tally")
-        later = _filter_and_deduplicate(config, first, keep, resume, rejects, len(tasks), executor)
-        tally = Tally.add_up(["read", *(name for name, _ in checks), *later], ledgers, resume / "tally")
+        names = _go_through(config, reader, checks, keep, resume, rejects, len(tasks), executor)
+        tally = Tally.add_up(names, ledgers, resume / "tally")
         stage.finish(folder.path, tally)
         write_report(stage.name, folder.path, tally, config.near_duplicates)
         shutil.rmtree(resume)
@@ -241,48 +239,48 @@ def _run(
     )  # fmt: skip
 
 
-def _filter_and_deduplicate(
+def _go_through(
     config: FilterConfig,
-    first: list[PipelineStep],
+    reader: PipelineStep,
+    checks: Sequence[steps.Check],
     keep: steps.Keep,
     resume: Path,
     rejects: Callable[..., steps.Rejects],
     tasks: int,
     executor: ExecutorConfig,
 ) -> list[str]:
-    """Run every pipeline of the stage; returns the names of the steps after `first`, in order.
+    """Run every pipeline of a stage; returns the names of the steps in the order in which documents met them.
 
-    A pipeline's last step either keeps documents or leaves them, with signatures, to the next pipeline.
+    A pipeline's last step either keeps documents, or leaves them with signatures to the next pipeline.
     """
 
-    def go(name: str, pipeline: list[PipelineStep], number: int = tasks) -> None:
+    def go(name: str, pipeline: Sequence[PipelineStep], number: int = tasks) -> None:
         execute(pipeline, number, resume / "tasks" / name, executor, name)
 
-    exact, near = resume / "exact", resume / "near"
-    pipeline, name, names = first, "filter", []
+    pipeline, names = [reader], ["read"]
     if config.exact_duplicates:
-        # Its finder merges sorted files one entry after the other, so large corpora get several of them.
+        exact, read = resume / "exact", resume / "read"
+        # The finder merges sorted files one entry after the other, so large corpora get several of them.
         finders = max(1, tasks // _TASKS)
-        signature = dedup.ExactSignature(exact / "signatures", finders)
-        go(name, [*pipeline, steps.writer(resume / "filtered"), signature])
-        go("exact-find", [dedup.find_exact(exact / "signatures", exact / "removals")], finders)
+        go("read", [*pipeline, steps.writer(read), dedup.ExactSignature(exact / "signatures", finders)])
+        go("find exact", [dedup.find_exact(exact / "signatures", exact / "removals")], finders)
         dropper = dedup.drop_exact(exact / "removals", rejects("exact", "exact_duplicate"))
-        pipeline, name = [steps.Documents(resume / "filtered"), dropper], "exact"
-        names.append(name)
-    if config.near_duplicates is not None:
-        near_config = config.near_duplicates
-        signature = dedup.near_signature(near / "signatures", near_config)
-        go(name, [*pipeline, steps.writer(resume / "distinct"), signature])
+        pipeline, names = [steps.Documents(read), dropper], ["read", "exact"]
+    pipeline += checks
+    names += [check.name for check in checks]
+    if (config_near := config.near_duplicates) is not None:
+        near, filtered = resume / "near", resume / "filtered"
         go(
-            "near-find",
-            [dedup.find_near(near / "signatures", near / "pairs", near_config)],
-            near_config.buckets,
+            "filter",
+            [*pipeline, steps.writer(filtered), dedup.near_signature(near / "signatures", config_near)],
         )
-        go("near-cluster", [dedup.cluster_near(near / "pairs", near / "removals", near_config)], 1)
+        finder = dedup.find_near(near / "signatures", near / "pairs", config_near)
+        go("find near", [finder], config_near.buckets)
+        go("cluster", [dedup.cluster_near(near / "pairs", near / "removals", config_near)], 1)
         dropper = dedup.drop_near(near / "removals", rejects("near", "near_duplicate"))
-        pipeline, name = [steps.Documents(resume / "distinct"), dropper], "near"
-        names.append(name)
-    go(name, [*pipeline, keep])
+        pipeline = [steps.Documents(filtered), dropper]
+        names.append("near")
+    go("keep", [*pipeline, keep])
     return names
 
 

@@ -21,20 +21,15 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveInt
-
-from gemwright.config import Config
-from gemwright.run import naming_lack_of_room, progress, say
-
-os.environ.setdefault(
-    "TQDM_DISABLE", "1"
-)  # datatrove's inner bars would tear ours; read when tqdm is imported
-
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
+from pydantic import PositiveInt
+
+from gemwright.config import Config
+from gemwright.run import naming_lack_of_room, progress, say
 
 _POLL_S = {"local": 0.2, "ray": 0.5, "slurm": 10.0}
 

@@ -175,8 +175,8 @@ class Quality:
     def check(self, text: str, language: str = "en") -> tuple[str, str | None]:
         """The text, shorter where C4's rules dropped lines of it, and why to drop it, or None.
 
-        The reason is the rule's name in datatrove after `quality_` or `repetition_`, or `empty`. One name is
-        misleading: `quality_enough_stop_words` says that there were not enough.
+        The reason is `empty`, or `quality_` or `repetition_` with the rule's name in datatrove; one of those
+        says the contrary of what it means, and is `few_stop_words` here.
         """
         # without space at the ends of lines, or an indented blank line is a line that repeats
         seen = "\n".join(map(str.rstrip, text.split("\n")))
@@ -191,7 +191,8 @@ class Quality:
                 rules = rules if len(words) >= _FEW else self._repetition_of_few
             verdict = rules.filter(document)
             if isinstance(verdict, tuple):
-                return text, f"{prefix}_{verdict[1].removeprefix('gopher_')}"
+                rule = verdict[1].removeprefix("gopher_").replace("enough_stop_words", "few_stop_words")
+                return text, f"{prefix}_{rule}"
         if not _LETTER_OR_DIGIT.search(document.text):
             return text, EMPTY
         return (text if document.text == seen else document.text), None

@@ -194,7 +194,7 @@ def test_a_killed_run_goes_on_and_counts_nothing_twice(root: Path, out: Path, tm
         "           against=[root / 'exam.jsonl'], executor=ExecutorConfig(workers=2))\n"
     )
     config = json.dumps(read_card(out).config)
-    marker = tmp_path / "out/resume/tasks/exact-find/completions/00000"
+    marker = tmp_path / "out/resume/tasks/find exact/completions/00000"
     command = [sys.executable, "-c", script, str(root), str(tmp_path / "out"), config]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not marker.exists() and process.poll() is None:
