@@ -114,21 +114,21 @@ class ReadPrompts(PipelineStep):
         with self.rejects as rejects:
             for unit in self.tasks[rank]:
                 for row in read_rows(unit, self.config):
-                    about = {"source": unit.source, "file": row.file, "line": row.line}
-                    place = f"{unit.source}/{row.file}:{row.line}"
+                    about: dict[str, Any] = {"source": unit.source, "file": row.file}
                     try:
                         if row.problem is not None:
                             raise NotAChat(row.problem)
                         for prompt in prompts_of(row.record):
-                            log = {
-                                "flagged": prompt.flagged,
-                                "redacted": prompt.redacted,
-                                "language": prompt.language,
-                            }
+                            log = dict(
+                                flagged=prompt.flagged, redacted=prompt.redacted, language=prompt.language
+                            )
                             text = TURN.join(turn.replace("\x1e", " ") for turn in prompt.turns)
-                            yield Document(text, prompt.id or place, metadata={**about, "log": log})
+                            id = prompt.id or f"{unit.source}/{row.file}:{row.line}"
+                            yield Document(text, id, metadata={**about, "log": log})
                     except NotAChat as reason:
-                        rejects.write(Document("", place, metadata={**about, REASON: str(reason)}), rank)
+                        about |= {"line": row.line, REASON: str(reason)}
+                        id = f"{unit.source}/{row.file}:{row.line}"
+                        rejects.write(Document("", id, metadata=about), rank)
 
 
 class Documents(PipelineStep):

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +75,11 @@ class _Local(LocalPipelineExecutor):
             try:
                 for task in as_completed([pool.submit(_work, rank) for rank in ranks]):
                     task.result()
+            except BrokenProcessPool:
+                raise RuntimeError(
+                    "a worker process was killed, as happens for want of memory. Run the same command again "
+                    "with fewer --workers: finished tasks are kept."
+                ) from None
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -122,7 +128,8 @@ def execute(
         what: the word beside the progress bar.
     Raises:
         ValueError: the chosen executor is not installed, or lacks a setting.
-        RuntimeError: a task failed on Ray or Slurm; the message names its logs. Local tasks raise their own.
+        RuntimeError: a task failed on Ray or Slurm; the message names its logs. Local tasks raise their own
+            errors, unless their process was killed.
         OSError: no room on the disk.
     """
     make = {"local": _local, "ray": _ray, "slurm": _slurm}[executor.kind]
@@ -154,15 +161,12 @@ def _ray(steps: list[PipelineStep], tasks: int, folder: Path, config: ExecutorCo
             "Ray is not installed. Use `pip install gemwright[ray]`, or the local executor."
         ) from None
     if not ray.is_initialized():
-        # One for the whole process: every start costs seconds. It ends with the process.
+        # One for the whole process, as every start costs seconds. It ends with the process.
         paths = os.pathsep.join(path for path in sys.path if path)
-        local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": config.workers}
-        ray.init(
-            include_dashboard=False,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"PYTHONPATH": paths}},
-            **local,
-        )
+        options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
+        if "RAY_ADDRESS" not in os.environ:
+            options["num_cpus"] = config.workers
+        ray.init(include_dashboard=False, log_to_driver=False, **options)
     workers = config.workers or -1
     return RayPipelineExecutor(
         steps, tasks, workers, logging_dir=str(folder), mem_per_cpu_gb=config.memory_gb

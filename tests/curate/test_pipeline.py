@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from gemwright.curate import pipeline
 from gemwright.curate.pipeline import CurateConfig, PromptsConfig, curate, prompts
 from gemwright.data.curated import Curated, read_rows
 from gemwright.data.executor import ExecutorConfig
@@ -170,6 +171,47 @@ def test_a_finished_folder_is_left_alone(root: Path, out: Path):
 def test_two_workers_leave_the_same_bytes_as_one(root: Path, out: Path, tmp_path: Path):
     card = run(root, tmp_path / "out", ExecutorConfig(workers=2))
     assert card.outputs == read_card(out).outputs
+
+
+def test_a_local_ray_leaves_the_same_bytes_too(root: Path, out: Path, tmp_path: Path):
+    ray = pytest.importorskip("ray", reason="needs the extra `ray`")
+    try:
+        card = run(root, tmp_path / "out", ExecutorConfig(kind="ray", workers=2, memory_gb=1))
+    finally:
+        ray.shutdown()
+    assert card.outputs == read_card(out).outputs
+
+
+def test_a_classifier_of_ones_own_may_judge(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "judge.py").write_text("def score(text):\n    return float('apple trees' in text.lower())\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    card = run(root, tmp_path / "out", ExecutorConfig(workers=2), **{"unsafe.score": "judge:score"})
+    assert card.results["dropped"]["unsafe_score"] == 1
+    assert "contaminated" not in card.results["dropped"]  # it was the same document
+
+
+def test_a_worker_that_is_killed_is_an_error_and_not_a_wait(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "killer.py").write_text("import os\ndef score(text):\n    os.kill(os.getpid(), 9)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(pipeline, "_LEAST", 1)
+    with pytest.raises(RuntimeError, match="worker process was killed"):
+        run(root, tmp_path / "out", ExecutorConfig(workers=2), **{"unsafe.score": "killer:score"})
+
+
+@pytest.mark.parametrize("tasks", [1, 40])
+def test_documents_do_not_hang_on_the_number_of_tasks(
+    tasks: int, prose: Prose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Forty tasks have more than one finder of exact duplicates."""
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / f"text/{number:02d}.txt").write_text(prose(100, number // 2))
+    monkeypatch.setattr(pipeline, "_tasks", lambda units: [units[n::tasks] for n in range(tasks)])
+    card = curate(CurateConfig(), tmp_path / "out", [str(tmp_path / "text")], executor=ONE)
+    assert card.results["dropped"] == {"exact_duplicate": 20}
+    assert len(set(kept(tmp_path / "out").values())) == 20
 
 
 def test_another_benchmark_in_the_same_folder_is_refused(root: Path, out: Path, tmp_path: Path):
