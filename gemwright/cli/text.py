@@ -44,7 +44,8 @@ Languages = Annotated[
     str | None, typer.Option("--languages", help="Codes of the languages to keep, as in en,fr; or all.")
 ]
 Corpus = Annotated[
-    Path, typer.Argument(help="Curated text (gemwright curate), or a folder of text files as it is.")
+    list[Path],
+    typer.Argument(help="Curated text (gemwright curate), or a folder of text files as it is; or several."),
 ]
 
 
@@ -69,12 +70,11 @@ def curate(
 
     Example: gemwright curate my_text --against my_benchmarks --out out/curated
     """
-    from gemwright.curate.pipeline import CurateConfig
-    from gemwright.curate.pipeline import curate as stage
+    from gemwright.curate import pipeline
 
-    config = _with_options(CurateConfig(), unsafe_words, languages, settings)
+    config = _with_options(pipeline.CurateConfig(), unsafe_words, languages, settings)
     where = executor_config(executor, workers, partition)
-    card = stage(config, out, sources, against=against or (), executor=where, fresh=fresh)
+    card = pipeline.curate(config, out, sources, against=against or (), executor=where, fresh=fresh)
     _tell(as_json, out, card)
 
 
@@ -99,12 +99,11 @@ def prompts(
 
     Example: gemwright prompts lmsys-chat-1m --against my_benchmarks --out out/prompts
     """
-    from gemwright.curate.pipeline import PromptsConfig
-    from gemwright.curate.pipeline import prompts as stage
+    from gemwright.curate import pipeline
 
-    config = _with_options(PromptsConfig(), unsafe_words, languages, settings)
+    config = _with_options(pipeline.PromptsConfig(), unsafe_words, languages, settings)
     where = executor_config(executor, workers, partition)
-    card = stage(config, out, sources, against=against or (), executor=where, fresh=fresh)
+    card = pipeline.prompts(config, out, sources, against=against or (), executor=where, fresh=fresh)
     _tell(as_json, out, card)
 
 
@@ -129,7 +128,7 @@ def train(
     from gemwright.tokenizer.train import TokenizerConfig
     from gemwright.tokenizer.train import run as stage
 
-    texts = open_text(corpus)
+    texts = open_text(*corpus)
     config = TokenizerConfig.parse({"vocab_size": size}).but(**parse_settings(settings or []))
     card = stage(config, out, lambda: (d.text for d in texts.documents("train")), texts.facts, fresh=fresh)
     tell(as_json, {"out": str(out), "seconds": card.seconds, **card.results}, str(out))
@@ -181,7 +180,7 @@ def shards(
 
     config = ShardsConfig().but(**parse_settings(settings or []))
     where = executor_config(executor, workers, partition)
-    card = stage(config, out, open_text(corpus), tokenizer, executor=where, fresh=fresh)
+    card = stage(config, out, open_text(*corpus), tokenizer, executor=where, fresh=fresh)
     tell(as_json, {"out": str(out), "seconds": card.seconds, **card.results}, str(out))
 
 

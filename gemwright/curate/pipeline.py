@@ -99,7 +99,7 @@ class _Stage:
     """In what the two stages differ."""
 
     name: str
-    reader: type[steps.Read] | type[steps.ReadPrompts]
+    documents: Callable[[Unit, ReadConfig], Iterator[Document]]
     checks: Callable[[Path | None], Checks]
     """Given where the index of benchmarks lies, if there is one."""
     kept: str
@@ -152,7 +152,7 @@ def curate(
         write_json(folder / MANIFEST, manifest.to_dict())
 
     next_step = f"gemwright tokenizer train {out} --out {out.parent / 'tokenizer'}"
-    stage = _Stage(STAGE, steps.Read, checks, DOCUMENTS, finish, next_step)
+    stage = _Stage(STAGE, steps.texts, checks, DOCUMENTS, finish, next_step)
     return _run(stage, config, out, sources, against, executor, fresh)
 
 
@@ -191,7 +191,7 @@ def prompts(
                     record |= {"language": about["language"], "source": about["source"]}
                     file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
-    stage = _Stage("prompts", steps.ReadPrompts, checks, _KEPT_PROMPTS, finish)
+    stage = _Stage("prompts", steps.prompts, checks, _KEPT_PROMPTS, finish)
     return _run(stage, config, out, sources, against, executor, fresh)
 
 
@@ -221,7 +221,7 @@ def _run(
         ledgers = resume / "ledgers"
         rejects = functools.partial(steps.Rejects, folder.path, ledgers)
         tasks = _tasks(units)
-        reader = stage.reader(tasks, config.read, rejects("read"))
+        reader = steps.Read(tasks, stage.documents, config.read, rejects("read"))
         checks = [steps.Check(name, check, rejects(name)) for name, check in stage.checks(index)]
         keep = steps.Keep(folder.path / stage.kept, resume / "tally")
         names = _go_through(config, reader, checks, keep, resume, rejects, len(tasks), executor)

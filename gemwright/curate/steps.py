@@ -74,61 +74,63 @@ class Rejects:
 
 
 class Read(PipelineStep):
-    """Raw files -> documents. What cannot be read is set aside with its line."""
+    """Raw files -> documents. What cannot be read is set aside.
+
+    Args:
+        documents: the documents of a unit, `texts` or `prompts`; of a problem one with its reason.
+    """
 
     type, name = "READER", "read"
 
-    def __init__(self, tasks: Sequence[Sequence[Unit]], config: ReadConfig, rejects: Rejects) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Sequence[Unit]],
+        documents: Callable[[Unit, ReadConfig], Iterator[Document]],
+        config: ReadConfig,
+        rejects: Rejects,
+    ) -> None:
         super().__init__()
-        self.tasks, self.config, self.rejects = tasks, config, rejects
+        self.tasks, self.documents, self.config, self.rejects = tasks, documents, config, rejects
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yield the documents of this task's units."""
         with self.rejects as rejects:
             for unit in self.tasks[rank]:
-                for record in read(unit, self.config):
-                    about: dict[str, Any] = {"source": unit.source, "file": record.file}
-                    if record.metadata:
-                        about["record"] = record.metadata
-                    if record.line is not None:
-                        about["line"] = record.line
-                    document = Document(record.text, record.id, metadata=about)
-                    if record.problem is None:
-                        yield document
-                    else:
-                        about[REASON] = record.problem
+                for document in self.documents(unit, self.config):
+                    if REASON in document.metadata:
                         rejects.write(document, rank)
+                    else:
+                        yield document
 
 
-class ReadPrompts(PipelineStep):
-    """Chat logs -> prompts: a document is the user's turns of one conversation, `TURN` between them."""
+def texts(unit: Unit, config: ReadConfig) -> Iterator[Document]:
+    """A unit's records, each a document."""
+    for record in read(unit, config):
+        about: dict[str, Any] = {"source": unit.source, "file": record.file}
+        if record.metadata:
+            about["record"] = record.metadata
+        if record.line is not None:
+            about["line"] = record.line
+        if record.problem is not None:
+            about[REASON] = record.problem
+        yield Document(record.text, record.id, metadata=about)
 
-    type, name = "READER", "read prompts"
 
-    def __init__(self, tasks: Sequence[Sequence[Unit]], config: ReadConfig, rejects: Rejects) -> None:
-        super().__init__()
-        self.tasks, self.config, self.rejects = tasks, config, rejects
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Yield a document a conversation; of a record that is set aside, nothing but its place is kept."""
-        with self.rejects as rejects:
-            for unit in self.tasks[rank]:
-                for row in read_rows(unit, self.config):
-                    about: dict[str, Any] = {"source": unit.source, "file": row.file}
-                    try:
-                        if row.problem is not None:
-                            raise NotAChat(row.problem)
-                        for prompt in prompts_of(row.record):
-                            log = dict(
-                                flagged=prompt.flagged, redacted=prompt.redacted, language=prompt.language
-                            )
-                            text = TURN.join(turn.replace("\x1e", " ") for turn in prompt.turns)
-                            id = prompt.id or f"{unit.source}/{row.file}:{row.line}"
-                            yield Document(text, id, metadata={**about, "log": log})
-                    except NotAChat as reason:
-                        about |= {"line": row.line, REASON: str(reason)}
-                        id = f"{unit.source}/{row.file}:{row.line}"
-                        rejects.write(Document("", id, metadata=about), rank)
+def prompts(unit: Unit, config: ReadConfig) -> Iterator[Document]:
+    """The user's turns of a unit's conversations, each a document; of a problem nothing but its place."""
+    for row in read_rows(unit, config):
+        about: dict[str, Any] = {"source": unit.source, "file": row.file}
+        try:
+            if row.problem is not None:
+                raise NotAChat(row.problem)
+            for prompt in prompts_of(row.record):
+                log = dict(flagged=prompt.flagged, redacted=prompt.redacted, language=prompt.language)
+                text = TURN.join(turn.replace("\x1e", " ") for turn in prompt.turns)
+                id = prompt.id or f"{unit.source}/{row.file}:{row.line}"
+                yield Document(text, id, metadata={**about, "log": log})
+        except NotAChat as reason:
+            about |= {"line": row.line, REASON: str(reason)}
+            yield Document("", f"{unit.source}/{row.file}:{row.line}", metadata=about)
 
 
 class Documents(PipelineStep):

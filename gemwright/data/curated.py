@@ -7,8 +7,10 @@ whose buckets come near the shares of `data.sources` is taken. So reading takes 
 however large the corpus, and near-copies do not straddle because curating removed them.
 """
 
+import hashlib
 import io
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +97,11 @@ class Curated:
             )
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self.manifest.sources)
+
+    @property
     def parts(self) -> int:
         """Files of documents: what can be read side by side."""
         return len(self.manifest.files)
@@ -112,8 +119,61 @@ class Curated:
             yield from (document for found, document in self.part(number) if found == split)
 
 
-def open_text(path: Path) -> Corpus | Curated:
-    """Curated text, or any folder of text files as it is. Raises FileNotFoundError or ValueError."""
+@dataclass(frozen=True)
+class Together:
+    """Several texts as one: web pages and code, say, that were curated by different rules."""
+
+    texts: tuple[Corpus | Curated, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of all."""
+        return " + ".join(text.name for text in self.texts)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The hash of their hashes, and characters by split."""
+        hashes = " ".join(text.facts["sha256"] for text in self.texts)
+        names = [f"{split} characters" for split in SPLITS]
+        totals = {name: str(sum(int(text.facts[name]) for text in self.texts)) for name in names}
+        return {"name": self.name, "sha256": hashlib.sha256(hashes.encode()).hexdigest(), **totals}
+
+    @property
+    def parts(self) -> int:
+        """Of all."""
+        return sum(text.parts for text in self.texts)
+
+    def part(self, number: int) -> Iterator[tuple[Split, Document]]:
+        """One of them, counted through the texts in their order."""
+        for text in self.texts:
+            if number < text.parts:
+                return text.part(number)
+            number -= text.parts
+        raise AssertionError("there are no more parts")
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        """The documents of a split, text by text."""
+        return (document for text in self.texts for document in text.documents(split))
+
+
+def open_text(*paths: Path) -> Corpus | Curated | Together:
+    """Curated text, or any folder of text files as it is; several of them as one.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: one is unfinished or too small, or two hold sources of one name.
+    """
+    texts = tuple(_open_one(path) for path in paths)
+    names = [name for text in texts for name in text.sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"two texts hold a source called {twice[0]!r}, which a mixture could not tell apart. Rename the "
+            "folder or file that one of them was made from, and curate it again."
+        )
+    return texts[0] if len(texts) == 1 else Together(texts)
+
+
+def _open_one(path: Path) -> Corpus | Curated:
     if (path / CARD).exists() and read_card(path).stage == STAGE:
         return Curated.open(path)
     return Corpus.folder(path)

@@ -93,6 +93,11 @@ class Corpus:
         return cls._scan(path.resolve().name, path, files(path), {})
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """One: all of it."""
+        return (self.name,)
+
+    @property
     def parts(self) -> int:
         """Parts of some `part_characters` that can be read side by side."""
         return -(-sum(entry.stop - entry.start for entry in self.entries) // self.part_characters)

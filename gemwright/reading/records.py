@@ -123,9 +123,8 @@ def _record(row: Row, source: str, config: ReadConfig) -> Record:
     if row.problem is not None:
         line = row.line
         detail = {"detail": row.detail} if row.detail else {}
-        return Record(
-            row.excerpt, place if line is None else f"{place}:{line}", row.file, line, detail, row.problem
-        )
+        id = place if line is None else f"{place}:{line}"
+        return Record(row.excerpt, id, row.file, line, detail, row.problem)
     value = row.record
     if not isinstance(value, dict):
         return _record(_refused(row, "wrong_type", f"a record is a {type(value).__name__}"), source, config)
@@ -337,8 +336,8 @@ def _why_not(raw: bytes) -> Problem | None:
 
 def _parquet(unit: Unit, raw: io.BufferedIOBase, config: ReadConfig, texts: bool) -> Iterator[Row]:
     # Unless it is told not to, the library takes up a column's whole row group before its first batch.
-    options = {"buffer_size": streams.BLOCK, "pre_buffer": False}
-    with pq.ParquetFile(raw, page_checksum_verification=True, **options) as file:
+    options = {"buffer_size": streams.BLOCK, "pre_buffer": False, "page_checksum_verification": True}
+    with streams.seekable(raw, unit.packing) as whole, pq.ParquetFile(whole, **options) as file:
         schema, about = file.schema_arrow, file.metadata
         columns = None
         if texts:

@@ -4,15 +4,18 @@ Also where a file may be cut so that many workers can read it. Each worker finds
 itself, from the bytes at its start and at its stop; its neighbour finds the same ones.
 """
 
+import contextlib
 import functools
 import gzip
 import io
 import lzma
 import re
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import zstandard
@@ -56,6 +59,18 @@ def blocks(file: io.BufferedIOBase, packing: str, start: int = 0, stop: int | No
     while left > 0 and (block := file.read1(min(BLOCK, left))):
         yield block
         left -= 0 if stop is None else len(block)
+
+
+@contextlib.contextmanager
+def seekable(file: io.BufferedIOBase, packing: str) -> Iterator[Any]:
+    """The same file, or on disk what is packed in it: parquet is read from its end."""
+    if not packing:
+        yield file
+        return
+    with tempfile.TemporaryFile() as whole:
+        whole.writelines(blocks(file, packing))
+        whole.seek(0)
+        yield whole
 
 
 def _unpacked_zst(file: io.BufferedIOBase) -> Iterator[bytes]:

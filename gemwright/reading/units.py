@@ -140,7 +140,7 @@ def kind_of(name: str) -> tuple[Kind, Packing]:
     path = PurePosixPath(name.lower())
     packing = _PACKINGS.get(path.suffix, "")
     kind = _KINDS.get(PurePosixPath(path.stem).suffix if packing else path.suffix, "text")
-    return ("text" if packing and kind in ("parquet", "zip") else kind), packing
+    return ("text" if packing and kind == "zip" else kind), packing
 
 
 def _units_of(source: str, path: Path, file: str) -> Iterator[Unit]:

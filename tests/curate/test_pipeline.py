@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -226,24 +227,40 @@ def read_config(out: Path) -> CurateConfig:
     return CurateConfig.parse(read_card(out).config)
 
 
-def test_a_killed_run_goes_on_and_counts_nothing_twice(root: Path, out: Path, tmp_path: Path):
+def started(root: Path, out: Path, like: Path, **how: Any) -> subprocess.Popen[str]:
+    """The same run as the one that made `like`, in a process of its own with two workers."""
     script = (
-        "import sys; from pathlib import Path; from gemwright.curate.pipeline import *\n"
-        "from gemwright.data.executor import ExecutorConfig; from gemwright.config import Config\n"
+        "import json, sys; from pathlib import Path\n"
+        "from gemwright.curate.pipeline import CurateConfig, curate\n"
+        "from gemwright.data.executor import ExecutorConfig\n"
         "root, out = Path(sys.argv[1]), Path(sys.argv[2])\n"
         "if __name__ == '__main__':\n"
-        "    curate(CurateConfig.parse(__import__('json').loads(sys.argv[3])), out, [str(root / 'text')],\n"
+        "    curate(CurateConfig.parse(json.loads(sys.argv[3])), out, [str(root / 'text')],\n"
         "           against=[root / 'exam.jsonl'], executor=ExecutorConfig(workers=2))\n"
     )
-    config = json.dumps(read_card(out).config)
+    command = [sys.executable, "-c", script, str(root), str(out), json.dumps(read_card(like).config)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **how)
+
+
+def test_a_killed_run_goes_on_and_counts_nothing_twice(root: Path, out: Path, tmp_path: Path):
     marker = tmp_path / "out/resume/tasks/find exact/completions/00000"
-    command = [sys.executable, "-c", script, str(root), str(tmp_path / "out"), config]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not marker.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    with started(root, tmp_path / "out", out) as process:
+        while not marker.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
     assert not read_card(tmp_path / "out").finished
+    assert run(root, tmp_path / "out").outputs == read_card(out).outputs
+
+
+def test_a_full_disk_is_told_and_costs_nothing(root: Path, out: Path, tmp_path: Path):
+    """The limit is one of file sizes, which a disk without room answers with the same kind of error."""
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
+
+    with started(root, tmp_path / "out", out, preexec_fn=small_files) as process:
+        _, said = process.communicate()
+    assert "no room to write" in said
     assert run(root, tmp_path / "out").outputs == read_card(out).outputs
 
 

@@ -1,11 +1,12 @@
 """Curated text is split by names alone, near the shares, by the coarsest groups that allow it."""
 
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 
-from gemwright.data.curated import CuratedSource, Level, buckets_of, split_source
-from gemwright.data.sources import SHARE
+from gemwright.data.curated import CuratedSource, Level, buckets_of, open_text, split_source
+from gemwright.data.sources import SHARE, SPLITS
 
 
 def source(files: dict[str, int], size: int = 1_000) -> tuple[CuratedSource, dict[str, str]]:
@@ -58,3 +59,31 @@ def test_the_manifest_counts_the_characters_of_each_split():
 def test_a_source_of_which_nothing_is_left_has_an_empty_entry():
     chosen = split_source(0, {})
     assert (chosen.documents, sum(chosen.characters.values())) == (0, 0)
+
+
+def texts(root: Path, *names: str) -> list[Path]:
+    """Folders of numbers, each with its own."""
+    for start, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for number in range(60):
+            words = " ".join(str(start * 10**6 + number * 1_000 + n) for n in range(200))
+            (root / name / f"{number}.txt").write_text(words)
+    return [root / name for name in names]
+
+
+def test_several_texts_are_packed_as_one_with_all_their_sources(tmp_path: Path):
+    web, code = texts(tmp_path, "web", "code")
+    both = open_text(web, code)
+    parts = [document for number in range(both.parts) for _, document in both.part(number)]
+    assert Counter(document.source for document in parts) == {"web": 60, "code": 60}
+    one = {split: sum(1 for _ in open_text(web).documents(split)) for split in SPLITS}
+    assert {split: sum(1 for _ in both.documents(split)) for split in SPLITS} == {
+        split: one[split] + sum(1 for _ in open_text(code).documents(split)) for split in SPLITS
+    }
+    assert both.facts["sha256"] != open_text(code, web).facts["sha256"]
+
+
+def test_two_texts_with_a_source_of_one_name_are_refused(tmp_path: Path):
+    folders = texts(tmp_path, "a/web", "b/web")
+    with pytest.raises(ValueError, match="two texts hold a source called 'web'"):
+        open_text(*folders)

@@ -535,6 +535,15 @@ def test_parquet_is_read_by_its_plain_columns(tmp_path: Path):
     assert (found[7].id, found[7].metadata) == ("7", {"score": 3.5})
 
 
+@pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("zst", zstandard.compress)])
+def test_parquet_may_be_packed_again(tmp_path: Path, ending: str, pack: Callable[[bytes], bytes]):
+    data = parquet([{"text": "one"}, {"text": "two"}])
+    source = put(tmp_path / f"a.parquet.{ending}", pack(data))
+    assert texts(everything(source)) == ["one", "two"]
+    source.write_bytes(pack(data)[:-20])
+    assert problems(everything(source)) == [("truncated", None)]
+
+
 def test_parquet_without_text_names_the_columns_there_are(tmp_path: Path):
     (record,) = everything(put(tmp_path / "a.parquet", parquet([{"body": "a", "url": "b"}] * 9)))
     assert (record.problem, record.text) == ("missing_key", "")
