@@ -47,6 +47,9 @@ check: $(READY)/test
 	$(BIN)/codespell
 
 bench: $(READY)/bench $(READY)/parity
+	$(RUN) bench.curate
+	$(RUN) bench.filters
+	$(RUN) bench.tokenizer
 	$(RUN) bench.head_loss
 	$(RUN) bench.targets
 	$(RUN) bench.train_step

@@ -7,13 +7,14 @@ Contamination: benchmark items planted inside paragraphs, verbatim, in capitals,
 Personal information: finds on texts that hold little of it, a tenth of a thousandth of the lines at most
 being the aim for false ones; read them. Speed: one core, passages of a novel.
 
-    GEMWRIGHT_DATA=../shared/data python -m bench.filters --json
+    GEMWRIGHT_DATA=folder python -m bench.filters --json
 """
 
 import argparse
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -154,6 +155,9 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON on stdout")
     options = parser.parse_args()
+    if "GEMWRIGHT_DATA" not in os.environ:
+        print("bench.filters measures on real text: set GEMWRIGHT_DATA to its folder", file=sys.stderr)
+        return
     data = Path(os.environ["GEMWRIGHT_DATA"])
     books = sorted((data / "text").glob("war_and_peace*.txt"))
     novel = passages(books[0])
