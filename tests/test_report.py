@@ -44,6 +44,7 @@ def filled(text: str = "text") -> Report:
         ],
         x=f"x {text}", y=f"y {text}", log_x=True, caption=text,
     )  # fmt: skip
+    report.bars([text, "b"], [3, 1], x=f"x {text}")
     return report
 
 
@@ -116,6 +117,17 @@ def test_the_labels_of_a_plot_are_text_and_its_colours_say_who_is_who():
     assert all(f">{word}</text>" in svg for word in ("updates", "nats", "teacher", "other"))
     assert "#555555" in svg
     assert "#123456" in svg
+
+
+def test_bars_are_named_from_the_top_and_say_their_values(tmp_path: Path):
+    report = Report("Bars", {})
+    report.bars(["all", "after <b>"], [12_345, 0], x="documents left")
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    texts = re.findall(r"<text [^>]*>([^<]*)</text>", page)
+    assert {"all", "12,345", "documents left"} <= set(texts)
+    assert "after <b>" not in page
+    heights = {name: float(y) for y, name in re.findall(r'y="([0-9.]+)"[^>]*>(all|after [^<]*)</text>', page)}
+    assert heights["all"] < min(height for name, height in heights.items() if name != "all")
 
 
 def test_mean_and_spread_over_seeds():

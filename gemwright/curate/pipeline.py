@@ -263,7 +263,7 @@ def _go_through(
         # The finder merges sorted files one entry after the other, so large corpora get several of them.
         finders = max(1, tasks // _TASKS)
         go("read", [*pipeline, steps.writer(read), dedup.ExactSignature(exact / "signatures", finders)])
-        go("find exact", [dedup.find_exact(exact / "signatures", exact / "removals")], finders)
+        go("find-exact", [dedup.find_exact(exact / "signatures", exact / "removals")], finders)
         dropper = dedup.drop_exact(exact / "removals", rejects("exact", "exact_duplicate"))
         pipeline, names = [steps.Documents(read), dropper], ["read", "exact"]
     pipeline += checks
@@ -275,7 +275,7 @@ def _go_through(
             [*pipeline, steps.writer(filtered), dedup.near_signature(near / "signatures", config_near)],
         )
         finder = dedup.find_near(near / "signatures", near / "pairs", config_near)
-        go("find near", [finder], config_near.buckets)
+        go("find-near", [finder], config_near.buckets)
         go("cluster", [dedup.cluster_near(near / "pairs", near / "removals", config_near)], 1)
         dropper = dedup.drop_near(near / "removals", rejects("near", "near_duplicate"))
         pipeline = [steps.Documents(filtered), dropper]

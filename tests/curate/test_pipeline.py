@@ -243,7 +243,7 @@ def started(root: Path, out: Path, like: Path, **how: Any) -> subprocess.Popen[s
 
 
 def test_a_killed_run_goes_on_and_counts_nothing_twice(root: Path, out: Path, tmp_path: Path):
-    marker = tmp_path / "out/resume/tasks/find exact/completions/00000"
+    marker = tmp_path / "out/resume/tasks/find-exact/completions/00000"
     with started(root, tmp_path / "out", out) as process:
         while not marker.exists() and process.poll() is None:
             time.sleep(0.01)
