@@ -76,8 +76,8 @@ def test_the_page_is_one_html_document_in_reading_order(tmp_path: Path):
     assert path.name == "report.html"
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     order = [tag for tag in tags if tag in ("h1", "h2", "p", "pre", "table", "figure")]
-    assert order == ["h1", "h2", "p", "p", "pre", "table", "figure"]
-    assert tags.count("svg") == 1
+    assert order == ["h1", "h2", "p", "p", "pre", "table", "figure", "figure"]
+    assert tags.count("svg") == 2
 
 
 def test_the_numbers_stand_beside_the_page_as_json(tmp_path: Path):

@@ -198,8 +198,8 @@ def hub_stream(dataset: HubDataset) -> Any:
         FileNotFoundError, PermissionError, ConnectionError: not there, not allowed, not reached.
     """
     try:
-        import datasets
-        from datasets.exceptions import DatasetNotFoundError
+        import datasets  # pyright: ignore[reportMissingImports]
+        from datasets.exceptions import DatasetNotFoundError  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             f"{dataset} needs the datasets library, which is not installed. Use `pip install gemwright[hub]`."
