@@ -61,8 +61,8 @@ def process_group() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
-        # Gloo's threads let go of the last message a moment after it arrived, and take Python's lock for that.
-        # A process that is ending by then is aborted (one run in 25 was): pytorch's pull request 179291.
+        # Gloo's threads let go of the last message a moment after it arrived, and take Python's lock for
+        # that. A process that is ending by then is aborted (one run in 25): pytorch's pull request 179291.
         time.sleep(0.5)
 
 
