@@ -56,7 +56,8 @@ class Tally:
         """Documents, the most frequent reason first within each step."""
         reasons: dict[str, int] = {}
         for step in self.steps:
-            reasons |= dict(sum(self.dropped[step].values(), Counter()).most_common())
+            for reason, count in sum(self.dropped[step].values(), Counter()).most_common():
+                reasons[reason] = reasons.get(reason, 0) + count  # two steps may know one reason: `empty`
         return reasons
 
     @property

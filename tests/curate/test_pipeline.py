@@ -159,6 +159,15 @@ def test_a_reject_with_personal_information_is_masked_in_the_report(tmp_path: Pa
     assert MAIL not in report
 
 
+def test_a_reason_that_two_steps_know_is_counted_for_both(tmp_path: Path, prose: Prose):
+    (tmp_path / "rows.jsonl").write_text(
+        f'{{"text": ""}}\n{{"text": "*** - ***"}}\n{{"text": "{prose(90, 0)}"}}\n'
+    )
+    card = curate(CurateConfig(), tmp_path / "out", [str(tmp_path / "rows.jsonl")], executor=ONE)
+    assert card.results["dropped"] == {"empty": 2}
+    assert (card.results["documents"], card.results["kept"]) == (3, 1)
+
+
 def test_no_work_is_left_behind(out: Path):
     assert not (out / "resume").exists()
 
