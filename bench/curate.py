@@ -36,7 +36,7 @@ from gemwright.curate.pipeline import CurateConfig, curate
 from gemwright.data.executor import ExecutorConfig
 from gemwright.filters.decontaminate import Index, Item
 from gemwright.filters.quality import QualityConfig
-from gemwright.filters.unsafe import UnsafeConfig
+from gemwright.filters.unsafe import Unsafe, UnsafeConfig
 from gemwright.reading.records import ReadConfig, read
 from gemwright.reading.units import plan
 from gemwright.run import write_text
@@ -83,7 +83,7 @@ def plain(inputs: Path, index: Path, out: Path) -> int:
     go("exact-2", [ExactFindDedups(str(out / "e1"), str(out / "e2"), exact)], 1)
     go("filter", [
         reader(inputs), ExactDedupFilter(str(out / "e2"), exact),
-        Lambda(steps.check_language, kept=None), Lambda(steps.check_unsafe, config=UnsafeConfig()),
+        Lambda(steps.check_language, kept=None), Lambda(steps.check_unsafe, unsafe=Unsafe(UnsafeConfig())),
         Lambda(steps.check_self_identification), Lambda(steps.check_contamination, index=index),
         Lambda(steps.check_quality, config=QualityConfig()),
         Lambda(steps.check_personal, action="redact", regions=("US", "GB")), writer("filtered"),

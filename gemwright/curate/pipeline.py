@@ -121,7 +121,7 @@ def curate(
     """The stage that makes a curated folder: `documents/`, `rejects/`, `curated.json` and a report.
 
     Args:
-        sources: as `readers.plan` takes them: files, folders, `hf:owner/name`, `python`.
+        sources: as `reading.units.plan` takes them: files, folders, `hf:owner/name`, `python`.
         against: benchmark files or folders; documents that hold an item of theirs are dropped.
         executor: where the tasks run; changes nothing in the result.
     Raises:
@@ -133,7 +133,7 @@ def curate(
     def checks(index: Path | None) -> Checks:
         yield "language", functools.partial(steps.check_language, kept=config.languages)
         if config.unsafe is not None:
-            yield "unsafe", functools.partial(steps.check_unsafe, config=config.unsafe)
+            yield "unsafe", functools.partial(steps.check_unsafe, unsafe=Unsafe(config.unsafe))
         if config.self_identification:
             yield "self_identification", steps.check_self_identification
         if index is not None:
@@ -176,7 +176,7 @@ def prompts(
         yield "length", functools.partial(steps.check_length, **length)
         yield "language", functools.partial(steps.check_language, kept=config.languages)
         if config.unsafe is not None:
-            yield "unsafe", functools.partial(steps.check_unsafe, config=config.unsafe)
+            yield "unsafe", functools.partial(steps.check_unsafe, unsafe=Unsafe(config.unsafe))
         if index is not None:
             yield "contamination", functools.partial(steps.check_contamination, index=index)
         if config.personal is not None:
@@ -214,29 +214,31 @@ def _run(
         Unsafe(config.unsafe)  # a list or score that does not load is told before anything is read
 
     def work(folder: RunFolder) -> dict[str, Any]:
-        resume, index = folder.path / RESUME, None
+        home = folder.path.resolve()  # a worker on another machine may stand elsewhere
+        resume, index = home / RESUME, None
         if against:
             index = resume / "against.npz"
             Index.build(item for path in against for item in read_benchmarks(path)).save(index)
         ledgers = resume / "ledgers"
-        rejects = functools.partial(steps.Rejects, folder.path, ledgers)
+        rejects = functools.partial(steps.Rejects, home, ledgers)
         tasks = _tasks(units)
         reader = steps.Read(tasks, stage.documents, config.read, rejects("read"))
         checks = [steps.Check(name, check, rejects(name)) for name, check in stage.checks(index)]
-        keep = steps.Keep(folder.path / stage.kept, resume / "tally")
+        keep = steps.Keep(home / stage.kept, resume / "tally")
         names = _go_through(config, reader, checks, keep, resume, rejects, len(tasks), executor)
         tally = Tally.add_up(names, ledgers, resume / "tally")
-        stage.finish(folder.path, tally)
-        write_report(stage.name, folder.path, tally, config.near_duplicates)
-        shutil.rmtree(resume)
+        stage.finish(home, tally)
+        write_report(stage.name, home, tally, config.near_duplicates)
         return {"documents": tally.documents, "kept": tally.total_kept, "dropped": tally.dropped_by_reason}
 
     words = config.unsafe.words if config.unsafe else ()
     read = [*against, *map(Path, words)]
-    return run_stage(
+    card = run_stage(
         stage.name, config, out, work, inputs={str(path): path for path in read},
         facts={"sources": _identity(units)}, fresh=fresh, next_step=stage.next_step,
     )  # fmt: skip
+    shutil.rmtree(out / RESUME, ignore_errors=True)  # after the card: until then a kill may want it
+    return card
 
 
 def _go_through(

@@ -24,7 +24,7 @@ from gemwright.filters import personal
 from gemwright.filters.decontaminate import Index
 from gemwright.filters.language import Identifier
 from gemwright.filters.quality import Quality, QualityConfig
-from gemwright.filters.unsafe import Unsafe, UnsafeConfig, self_identification
+from gemwright.filters.unsafe import Unsafe, self_identification
 from gemwright.reading.chats import NotAChat, prompts_of
 from gemwright.reading.records import ReadConfig, read, read_rows
 from gemwright.reading.units import Unit
@@ -222,7 +222,6 @@ class Kept:
 
 # One of each a worker process: building them takes longer than many a task.
 _identifier = functools.cache(Identifier)
-_unsafe = functools.cache(Unsafe)
 _quality = functools.cache(Quality)
 _index = functools.cache(Index.load)
 
@@ -246,9 +245,8 @@ def check_length(document: Document, least: int, most: int) -> str | None:
     return "too_short" if length < least else "too_long" if length > most else None
 
 
-def check_unsafe(document: Document, config: UnsafeConfig) -> str | None:
+def check_unsafe(document: Document, unsafe: Unsafe) -> str | None:
     """What `Unsafe.check` says."""
-    unsafe = _unsafe(config)  # pyright: ignore[reportArgumentType]  # it is frozen, so it has a hash
     return unsafe.check(document.text)
 
 

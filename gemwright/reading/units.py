@@ -104,7 +104,7 @@ def plan(sources: Sequence[str | Path | HubDataset]) -> list[Unit]:
             root, found = library_files()
             name = _unused(LIBRARY, taken)
         else:
-            root, found, name = _find(Path(source))
+            root, found, name = _find(Path(source).absolute())  # workers may stand elsewhere
             name = _unused(name, taken)
         for path in found:
             # A name that is no UTF-8 would be text that no JSON can hold.
