@@ -302,15 +302,17 @@ def _tasks(units: Sequence[Unit]) -> list[list[Unit]]:
 
 
 def _identity(units: Sequence[Unit]) -> str:
-    """What identifies the text before it is read: each file's name, size and time of change.
+    """What identifies the text before it is read: each file's place in its source, size and time of change.
 
     Its content would be better, but reading all of it twice is not worth it at scale.
     """
     digest = hashlib.sha256()
-    for source, path in dict.fromkeys((unit.source, unit.path) for unit in units):
-        known = [source, str(path)]
+    for source, file, path in dict.fromkeys((unit.source, unit.file, unit.path) for unit in units):
+        known = [source, file]
         if isinstance(path, Path):
             about = path.stat()
             known += [str(about.st_size), str(about.st_mtime_ns)]
-        digest.update(repr(known).encode(errors="surrogatepass"))
+        else:
+            known.append(str(path))
+        digest.update(repr(known).encode())
     return digest.hexdigest()

@@ -4,7 +4,7 @@ A document's split hangs on its name alone, through a hash: each source has 1,00
 manifest lists the buckets kept from training. The levels are the groups that must not straddle splits,
 coarsest first: what lies directly below a source (a module, a folder), one file, one document. The coarsest
 whose buckets come near the shares of `data.sources` is taken. So reading takes one pass and no memory,
-however large the corpus, and near-copies do not straddle because curating removed them.
+however large the corpus; and near-copies do not straddle where curating removed them.
 """
 
 import hashlib

@@ -42,7 +42,7 @@ class ShardsConfig(Config):
 
 @runtime_checkable
 class Text(Protocol):
-    """What can be packed: a `Corpus`, or `Curated` text."""
+    """What can be packed: a `Corpus`, `Curated` text, or several `Together`."""
 
     @property
     def name(self) -> str:

@@ -96,7 +96,7 @@ def plan(sources: Sequence[str | Path | HubDataset]) -> list[Unit]:
             name = _unused(PurePosixPath(source.name).name, taken)
             shards = hub_stream(source).num_shards
             units += [
-                Unit(name, source, f"{source.split}-{shard:05d}", "hub", start=shard)
+                Unit(name, source, f"{source.split}-{shard:05d}", "hub", start=shard, size=streams.UNIT_BYTES)
                 for shard in range(shards)
             ]
             continue

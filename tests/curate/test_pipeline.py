@@ -17,6 +17,8 @@ from gemwright.curate import pipeline
 from gemwright.curate.pipeline import CurateConfig, PromptsConfig, curate, prompts
 from gemwright.data.curated import Curated, read_rows
 from gemwright.data.executor import ExecutorConfig
+from gemwright.reading.streams import UNIT_BYTES
+from gemwright.reading.units import HubDataset, Unit
 from gemwright.run import Card, read_card
 
 Prose = Callable[[int, int], str]
@@ -222,6 +224,23 @@ def test_documents_do_not_hang_on_the_number_of_tasks(
     card = curate(CurateConfig(), tmp_path / "out", [str(tmp_path / "text")], executor=ONE)
     assert card.results["dropped"] == {"exact_duplicate": 20}
     assert len(set(kept(tmp_path / "out").values())) == 20
+
+
+def test_shards_of_a_data_set_are_shared_out_among_tasks():
+    data = HubDataset("owner/name")
+    units = [Unit("name", data, f"train-{n}", "hub", start=n, size=UNIT_BYTES) for n in range(6)]
+    assert [len(task) for task in pipeline._tasks(units)] == [1] * 6
+
+
+def test_text_may_be_moved_but_not_changed_under_a_finished_folder(tmp_path: Path, prose: Prose):
+    (tmp_path / "a/text").mkdir(parents=True)
+    (tmp_path / "a/text/one.txt").write_text(prose(100, 0))
+    curate(CurateConfig(), tmp_path / "out", [str(tmp_path / "a/text")], executor=ONE)
+    (tmp_path / "a").rename(tmp_path / "b")
+    curate(CurateConfig(), tmp_path / "out", [str(tmp_path / "b/text")], executor=ONE)
+    (tmp_path / "b/text/one.txt").write_text(prose(101, 0))
+    with pytest.raises(ValueError, match="other settings: input sources"):
+        curate(CurateConfig(), tmp_path / "out", [str(tmp_path / "b/text")], executor=ONE)
 
 
 def test_another_benchmark_in_the_same_folder_is_refused(root: Path, out: Path, tmp_path: Path):

@@ -629,6 +629,11 @@ def test_a_data_set_is_read_shard_by_shard(dataset: HubDataset):
     assert (found[1][2].id, found[1][2].metadata) == ("stories/train-00001:3", {"n": 2})
 
 
+def test_a_shard_of_a_data_set_counts_as_a_large_piece(dataset: HubDataset):
+    """Its size is not known before it is read; as nothing, all shards would be one worker's."""
+    assert [unit.size for unit in plan([dataset])] == [streams.UNIT_BYTES] * 3
+
+
 def test_a_data_set_may_be_named_in_text():
     assert HubDataset.parse("hf:owner/name") == HubDataset("owner/name")
     assert HubDataset.parse("hf:owner/name:en:test") == HubDataset("owner/name", "en", "test")
