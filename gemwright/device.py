@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_MEMORY, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")  # where Linux tells of memory
 
 
 def pick_device() -> torch.device:
@@ -69,6 +70,32 @@ def process_group() -> Iterator[Ranks]:
 def dtype_of(precision: Precision) -> torch.dtype:
     """fp16 is not offered: Gemma 2 overflows it (the 27B answers erratically), bf16 does not."""
     return DTYPES[precision]
+
+
+def available_memory(device: torch.device | str) -> int | None:
+    """Bytes that can still be allocated on a device, without swapping; None where nobody tells.
+
+    On a CPU what Linux calls available, or what a container's limit leaves, the smaller of the two. On a GPU
+    what is free, and what torch keeps there without using it.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = _MEMORY.read_text().splitlines() if device.type == "cpu" else []
+        left = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        left = []  # macOS
+    try:
+        limit, used = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        kept = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
+        # Pages of files are given up for whoever needs memory.
+        used -= int(kept["active_file"]) + int(kept["inactive_file"])
+        left += [max(0, limit - used)] if left else []
+    except (OSError, ValueError):
+        pass  # no container, or one whose limit is "max"
+    return min(left, default=None)
 
 
 def seed_everything(seed: int) -> None:

@@ -181,3 +181,54 @@ def test_where_it_may_compile_a_compiled_function_runs_and_agrees():
 
     x = torch.randn(8, 8, device=device.pick_device()) * 100
     torch.testing.assert_close(torch.compile(cap)(x), cap(x))
+
+
+def linux(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
+    """A Linux that tells of its memory by these files."""
+    for name, content in files.items():
+        (folder / name.replace("_", ".")).write_text(content)
+    monkeypatch.setattr(device, "_MEMORY", folder / "meminfo")
+    monkeypatch.setattr(device, "_CONTAINER", folder)
+
+
+MEMINFO = "MemTotal: 9000 kB\nMemFree: 1000 kB\nMemAvailable: 6000 kB\n"
+
+
+def test_memory_left_is_what_linux_calls_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    linux(tmp_path, monkeypatch, meminfo=MEMINFO)
+    assert device.available_memory("cpu") == 6000 << 10
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"), [("3000000", 1_500_000), ("1000000", 0), ("90000000", 6000 << 10), ("max", 6000 << 10)]
+)
+def test_a_container_leaves_what_its_limit_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, left: int
+):
+    linux(
+        tmp_path, monkeypatch, meminfo=MEMINFO, memory_max=f"{limit}\n", memory_current="2000000\n",
+        memory_stat="anon 1500000\nactive_file 200000\ninactive_file 300000\n",
+    )  # fmt: skip
+    assert device.available_memory("cpu") == left
+
+
+def test_where_nobody_tells_the_memory_left_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    linux(tmp_path, monkeypatch)
+    assert device.available_memory("cpu") is None
+    assert device.available_memory("meta") is None
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells of its memory")
+def test_memory_that_is_taken_is_no_longer_left():
+    before = device.available_memory("cpu")
+    assert before is not None
+    assert before > 0
+
+
+@pytest.mark.gpu
+def test_memory_that_is_taken_on_a_gpu_is_no_longer_left():
+    before = device.available_memory("cuda")
+    taken = torch.ones(64 << 20, device="cuda")
+    after = device.available_memory("cuda")
+    assert before is not None and after is not None  # noqa: PT018
+    assert before - after >= taken.nbytes

@@ -16,7 +16,7 @@ from gemwright.tokenizer.tokenizer import SPECIAL, Tokenizer
 @torch.no_grad()
 def nats_per_token(model: Gemma, windows: Windows, batch_size: int = 16) -> float:
     """Mean of -log P(next token) over every real target of the windows; its exponential is the perplexity."""
-    device = model.unembedding.device
+    device = model.device
     total, count = 0.0, 0.0
     # Layers compiled for training run eagerly here: compiling them again, without gradients, would cost more.
     with torch.compiler.set_stance("eager_on_recompile"):
@@ -68,7 +68,7 @@ def accuracy(model: Gemma, tokenizer: Tokenizer, task: Task, batch_size: int = 6
 
 def _log_likelihoods(model: Gemma, rows: Sequence[tuple[list[int], int]], batch_size: int) -> list[float]:
     """Sum of log P over the last ids of each row; rows of like length share a batch, padded on the right."""
-    device = model.unembedding.device
+    device = model.device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     scores = [0.0] * len(rows)
     with torch.compiler.set_stance("eager_on_recompile"):

@@ -1,13 +1,14 @@
 """Gemma 2's attention: scale, soft-cap, then mask, then softmax in fp32 (report, section 2).
 
-One definition of what a query may see (`visible`) and three roads to the same numbers:
+One definition of what a query may see (`visible`) and four roads to the same numbers:
 
-* `reference`: every score in one matrix; what the other two are tested against, and the decoder's road
-  (few queries).
+* `reference`: every score in one matrix; what the others are tested against.
 * `blockwise`: blocks of queries against the keys they can reach at all, scores recomputed in the backward
   pass. A local layer costs T x window and a global one half of T x T, and no more than one block of scores
   exists at a time.
 * `flexible`: torch's `flex_attention` for GPUs (on the CPU it has no backward).
+* `remembered`: new queries against a cache, block by block too. Nothing is compiled, so that the first token
+  need not wait for a compiler.
 
 The cap comes before the mask: after it, tanh would turn a masked -inf into -cap and let it leak into the
 softmax.
@@ -21,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gemwright.device import can_compile, fused
+from gemwright.model.cache import Reach
 from gemwright.model.head import softcap, softcap_by_exp, softcap_slope
 
 QUERY_BLOCK = 128
@@ -47,24 +49,73 @@ def visible(queries: Places, keys: Places, window: int | None) -> Bool[Tensor, "
 
 def attend(
     q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B S G K"],
-    v: Float[Tensor, "B S G K"],
-    queries: Places,
-    keys: Places,
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G K"],
+    places: Places,
     *,
     scale: float,
     cap: float | None,
     window: int | None,
 ) -> Float[Tensor, "B T H K"]:
-    """Attention by the fastest road that fits. `window=None` is a global layer.
+    """A whole sequence attends to itself, by the fastest road. `window=None` is a global layer.
 
-    Where `queries is keys` (a whole sequence attends to itself) tokens must stand in reading order, documents
-    one after the other: the block and the flex road skip what cannot be seen by index.
+    Tokens must stand in reading order, documents one after the other: both roads skip what cannot be seen by
+    index.
     """
-    if queries is not keys:
-        return reference(q, k, v, queries, keys, scale=scale, cap=cap, window=window)
     road = flexible if q.is_cuda else blockwise
-    return road(q, k, v, queries, scale=scale, cap=cap, window=window)
+    return road(q, k, v, places, scale=scale, cap=cap, window=window)
+
+
+def remembered(
+    q: Float[Tensor, "T H K"],
+    reach: Reach,
+    start: int,
+    *,
+    scale: float,
+    cap: float | None,
+    window: int | None,
+) -> Float[Tensor, "T H K"]:
+    """Queries at positions `start`, `start + 1`, ... of one sequence against its cache, their own keys in it.
+
+    Without gradients: scores are changed in place.
+    """
+    keys, values, first = reach
+    heads, held, size = keys.shape
+    new = len(q)
+    alone = new == 1 and (held if first is None else start + 1 - first) <= (window or held)
+    out = torch.empty_like(q)
+    for begin in range(0, new, QUERY_BLOCK):
+        end = min(new, begin + QUERY_BLOCK)
+        low, high = 0, held
+        if first is not None:  # in order: only the keys that some query of the block sees
+            low, high = max(0, start + begin + 1 - (window or held) - first), start + end - first
+        block = (q[begin:end] * scale).unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # (G, R, T, K)
+        scores = torch.bmm(block.reshape(heads, -1, size), keys[:, low:high].transpose(1, 2)).float()
+        if cap is not None:
+            scores.div_(cap).tanh_().mul_(cap)
+        if not alone:
+            position = torch.arange(start + begin, start + end, device=q.device)
+            hidden = _hidden(position, _positions(low, high, first, held, start + new - 1, q.device), window)
+            scores.view(heads, -1, end - begin, high - low).add_(hidden)
+        probabilities = scores.softmax(-1).to(values.dtype)
+        mixed = torch.bmm(probabilities, values[:, low:high]).view(heads, -1, end - begin, size)
+        out[begin:end] = mixed.permute(2, 0, 1, 3).flatten(1, 2)
+    return out
+
+
+def _positions(
+    low: int, high: int, first: int | None, held: int, last: int, device: torch.device
+) -> Int[Tensor, " S"]:
+    """Positions of a cache's slots. In a ring, slot s has the latest position p <= last with p mod S = s."""
+    slots = torch.arange(low, high, device=device)
+    return first + slots if first is not None else last - (last - slots) % held
+
+
+def _hidden(queries: Int[Tensor, " T"], keys: Int[Tensor, " S"], window: int | None) -> Float[Tensor, "T S"]:
+    """What is added to scores: 0 where a query sees a key, and so little elsewhere that nothing remains."""
+    distance = queries[:, None] - keys
+    unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros_like(distance, dtype=torch.float32).masked_fill_(unseen, -torch.inf)
 
 
 def reference(

@@ -9,19 +9,23 @@ shape or an unknown key is an error, because a checkpoint that half loads is a m
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gemwright.config import nearest
+from gemwright.device import available_memory
 from gemwright.model.config import GemmaConfig
 from gemwright.model.gemma import Gemma
 from gemwright.run import atomic, write_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
+_BLOCK_BYTES = 16 << 20  # of a tensor, copied at a time
 # The only keys that are read and let go: the tied head's second name, and buffers of old exports, recomputed.
 _TIED = "lm_head.weight"
 _RECOMPUTED = (".rotary_emb.inv_freq",)
@@ -74,44 +78,67 @@ def load_config(folder: Path) -> GemmaConfig:
     return GemmaConfig.from_hf(data)
 
 
+def blank(config: GemmaConfig) -> Gemma:
+    """A model without memory or weights, on the meta device, to be given them.
+
+    Nothing is initialised either: even without memory that would import torch's compiler, for 0.8 s.
+    """
+    with torch.device("meta"), _Uninitialised():
+        return Gemma(config)
+
+
 def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Gemma:
-    """Load a checkpoint, in its own number format unless `dtype` is given. It is not built twice in memory.
+    """Load a checkpoint, in its own number format unless `dtype` is given. Nothing is held twice in memory.
+
+    On the CPU and in its own format the weights are the file itself, mapped: there at once, read when used,
+    given up by the system when memory is short. What is written to them (by training) stays in memory and
+    never reaches the file. The file may be deleted, or replaced as we do it, by renaming; who overwrites its
+    bytes in place changes the model, or ends the process.
 
     Raises:
         FileNotFoundError: the folder, its config or one of its files is missing.
         ValueError: an unknown config key, a missing, unknown or misshapen tensor, a damaged file.
+        RuntimeError: the device has not enough memory left; before any is taken.
     """
-    config = load_config(folder)
-    with torch.device("meta"):
-        model = Gemma(config)
+    device = torch.device(device)
+    model = blank(load_config(folder))
     wanted = model.state_dict()
+    files: dict[str, Path] = {}
     found: dict[str, Tensor] = {}
-    tied: Tensor | None = None
-    for name, tensor in _read(folder):
-        if name == _TIED:
-            tied = tensor
-        elif not name.endswith(_RECOMPUTED):
-            if name not in wanted:
-                raise ValueError(f"{folder} holds the unknown tensor {name!r}. {nearest(name, wanted)}")
-            if tensor.shape != wanted[name].shape:
-                raise ValueError(
-                    f"{folder}: {name} has shape {tuple(tensor.shape)}, but its config.json asks for "
-                    f"{tuple(wanted[name].shape)}. Config and weights belong to different models."
-                )
-            if not tensor.is_floating_point():
-                raise ValueError(
-                    f"{folder}: {name} holds {tensor.dtype}: quantised weights cannot be loaded. "
-                    "Fetch the checkpoint in bf16 or fp32."
-                )
-            found[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+    for name, path, tensor in _mapped(folder):
+        files[name] = path
+        if name.endswith(_RECOMPUTED) or name == _TIED:
+            continue
+        if name not in wanted:
+            raise ValueError(f"{folder} holds the unknown tensor {name!r}. {nearest(name, wanted)}")
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, but its config.json asks for "
+                f"{tuple(wanted[name].shape)}. Config and weights belong to different models."
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{folder}: {name} holds {tensor.dtype}: quantised weights cannot be loaded. "
+                "Fetch the checkpoint in bf16 or fp32."
+            )
+        found[name] = tensor
     missing = sorted(set(wanted) - set(found))
     if missing:
         raise ValueError(
             f"{folder} lacks {len(missing)} of {len(wanted)} tensors, {missing[0]!r} first. Fetch it again."
         )
-    if tied is not None and not torch.equal(
-        tied.to(device, dtype or tied.dtype), found["model.embed_tokens.weight"]
-    ):
+    copied = {
+        name: dtype or tensor.dtype
+        for name, tensor in found.items()
+        if device.type != "cpu" or tensor.dtype != (dtype or tensor.dtype)
+    }
+    _require_memory(folder, sum(found[name].numel() * to.itemsize for name, to in copied.items()), device)
+    for name, to in copied.items():
+        copy = torch.empty(found[name].shape, dtype=to, device=device)
+        for rows in _blocks(copy):
+            copy[rows] = _rows(files[name], name, rows)
+        found[name] = copy
+    if _TIED in files and not _tied(files[_TIED], found["model.embed_tokens.weight"]):
         raise ValueError(
             f"{folder} has a {_TIED} of its own: Gemma 2 ties the head to the embedding. It is another model."
         )
@@ -119,6 +146,47 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Within it, torch.nn.init leaves every tensor as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _require_memory(folder: Path, bytes: int, device: torch.device) -> None:
+    left = available_memory(device)
+    if left is not None and bytes > left:
+        raise RuntimeError(
+            f"{folder} takes {bytes / 1e9:.1f} GB of memory in this number format, and {device} has "
+            f"{left / 1e9:.1f} GB left. Take a narrower format (bf16, int8) or a smaller model, or free some."
+        )
+
+
+def _blocks(tensor: Tensor) -> Iterator[slice]:
+    """Its rows, a few megabytes at a time."""
+    step = max(1, _BLOCK_BYTES * len(tensor) // tensor.nbytes)
+    return (slice(start, start + step) for start in range(0, len(tensor), step))
+
+
+def _rows(path: Path, name: str, rows: slice) -> Tensor:
+    """Some rows of a tensor, in a mapping of their own: what was read counts as memory while it is mapped."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_slice(name)[rows]
+
+
+def _tied(path: Path, embedding: Tensor) -> bool:
+    """Whether the head that `path` holds equals the embedding, as it was loaded; block by block."""
+    with safe_open(path, framework="pt") as file:
+        if tuple(file.get_slice(_TIED).get_shape()) != embedding.shape:
+            return False
+    return all(
+        torch.equal(_rows(path, _TIED, rows).to(embedding.device, embedding.dtype), embedding[rows])
+        for rows in _blocks(embedding)
+    )
 
 
 def _parts(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:
@@ -134,8 +202,8 @@ def _parts(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:
     return parts
 
 
-def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a checkpoint, memory-mapped, file by file."""
+def _mapped(folder: Path) -> Iterator[tuple[str, Path, Tensor]]:
+    """All tensors of a checkpoint with the files they are in, mapped: private to us, and nothing read yet."""
     if (folder / INDEX).exists():
         try:
             files = sorted(
@@ -152,6 +220,6 @@ def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - not a dict
-                    yield key, file.get_tensor(key)
+                    yield key, path, file.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}). Fetch that file again.") from None

@@ -28,19 +28,36 @@ def forward_flops(config: GemmaConfig, seq_len: int) -> float:
 
     2 a weight (head included), and attention's two products.
     """
-    matrices = non_embedding_parameters(config) - (4 * config.num_layers + 1) * config.d_model
-    keys = sum(
+    keys = (
         _mean_keys(seq_len, config.window if kind is Attention.LOCAL else seq_len) for kind in config.pattern
     )
-    return 2.0 * (matrices + embedding_parameters(config)) + 4.0 * keys * config.num_heads * config.head_dim
+    return _flops(config, sum(keys))
+
+
+def decode_flops(config: GemmaConfig, length: int) -> float:
+    """FLOPs of the pass that reads token number `length` of a text, the earlier ones being in the cache."""
+    return _flops(config, float(_held(config, length)))
 
 
 def kv_cache_bytes(config: GemmaConfig, length: int, bytes_a_value: int) -> int:
-    """Keys and values held after reading `length` tokens: local layers hold window - 1 positions at most."""
-    held = sum(
-        min(length, config.window - 1) if kind is Attention.LOCAL else length for kind in config.pattern
-    )
-    return 2 * held * config.num_kv_heads * config.head_dim * bytes_a_value
+    """Keys and values held after reading `length` tokens: local layers hold `window` positions at most."""
+    return 2 * _held(config, length) * config.num_kv_heads * config.head_dim * bytes_a_value
+
+
+def full_kv_cache_bytes(config: GemmaConfig, length: int, bytes_a_value: int) -> int:
+    """The same if local layers kept every position too: what a rolling cache saves is the difference."""
+    return 2 * config.num_layers * length * config.num_kv_heads * config.head_dim * bytes_a_value
+
+
+def _flops(config: GemmaConfig, keys: float) -> float:
+    """Of a token that looks at so many keys, all layers together."""
+    matrices = non_embedding_parameters(config) - (4 * config.num_layers + 1) * config.d_model
+    return 2.0 * (matrices + embedding_parameters(config)) + 4.0 * keys * config.num_heads * config.head_dim
+
+
+def _held(config: GemmaConfig, length: int) -> int:
+    """Positions that the layers hold, and the newest token sees, after `length` tokens: all layers' sum."""
+    return sum(min(length, config.window) if kind is Attention.LOCAL else length for kind in config.pattern)
 
 
 def _mean_keys(seq_len: int, window: int) -> float:

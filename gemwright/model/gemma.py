@@ -6,7 +6,10 @@ RMSNorm before AND after attention and feed-forward, in fp32, with weight 1 + w;
 attention and logits.
 """
 
+import copy
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +18,12 @@ from torch import Tensor, nn
 
 from gemwright.device import can_compile
 from gemwright.model import head
-from gemwright.model.attention import Places, attend
+from gemwright.model.attention import Places, attend, remembered
 from gemwright.model.cache import KVCache, LayerCache
 from gemwright.model.config import Attention, GemmaConfig
+
+Memory = list[tuple[LayerCache, int]]
+"""For each row of a batch, what a layer remembers of it, and the position its new tokens begin at."""
 
 
 class RMSNorm(nn.Module):
@@ -50,16 +56,24 @@ def rotate(x: Float[Tensor, "B T H K"], turn: Float[Tensor, "2 B T 1 K"]) -> Flo
     return (x.float() * turn[0] + turned * turn[1]).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """A projection, multiplied by `head.product`."""
+
+    def forward(self, input: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
+        """Apply to the last axis."""
+        return head.product(input, self.weight)
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention, local or global; no biases, no norm on queries and keys (that is Gemma 3)."""
 
     def __init__(self, config: GemmaConfig, kind: Attention) -> None:
         super().__init__()
         width, size = config.d_model, config.head_dim
-        self.q_proj = nn.Linear(width, config.num_heads * size, bias=False)
-        self.k_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
-        self.v_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * size, width, bias=False)
+        self.q_proj = Linear(width, config.num_heads * size, bias=False)
+        self.k_proj = Linear(width, config.num_kv_heads * size, bias=False)
+        self.v_proj = Linear(width, config.num_kv_heads * size, bias=False)
+        self.o_proj = Linear(config.num_heads * size, width, bias=False)
         self.head_dim = size
         self.scale = config.query_scale
         self.cap = config.attn_softcap
@@ -70,17 +84,21 @@ class SelfAttention(nn.Module):
         x: Float[Tensor, "B T D"],
         turn: Float[Tensor, "2 B T 1 K"],
         places: Places,
-        cache: LayerCache | None,
+        memory: Memory | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Attend within `x`, and to what `cache` remembers of earlier calls."""
+        """Attend within `x`; with a memory, each row to what it remembers of earlier calls too."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, turn), rotate(k, turn)
-        keys = places
-        if cache is not None:
-            k, v, keys = cache.extend(k, v, places)
-        out = attend(q, k, v, places, keys, scale=self.scale, cap=self.cap, window=self.window)
+        constants: Any = {"scale": self.scale, "cap": self.cap, "window": self.window}
+        if memory is None:
+            out = attend(q, k, v, places, **constants)
+        else:
+            out = torch.stack([
+                remembered(q[row], cache.extend(k[row], v[row], start), start, **constants)
+                for row, (cache, start) in enumerate(memory)
+            ])  # fmt: skip
         return self.o_proj(out.flatten(2))
 
 
@@ -89,9 +107,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_proj = Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Apply to every position."""
@@ -116,10 +134,10 @@ class Layer(nn.Module):
         x: Float[Tensor, "B T D"],
         turn: Float[Tensor, "2 B T 1 K"],
         places: Places,
-        cache: LayerCache | None,
+        memory: Memory | None = None,
     ) -> Float[Tensor, "B T D"]:
         """One step of the residual stream."""
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), turn, places, cache))
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), turn, places, memory))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -158,44 +176,65 @@ class Gemma(nn.Module):
                 nn.init.zeros_(module.weight)
 
     @property
-    def unembedding(self) -> Float[Tensor, "V D"]:
-        """The head's weight, tied to the embedding table."""
-        return self.model.embed_tokens.weight
+    def unembedding(self) -> Any:
+        """The head's weight (V, D), tied to the embedding; of a quantised model, what multiplies by it."""
+        table = self.model.embed_tokens
+        return table.weight if isinstance(table, nn.Embedding) else table.unembed
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.norm.weight.device
 
     def hidden(
         self,
         ids: Int[Tensor, "B T"],
         places: Places | None = None,
-        cache: KVCache | None = None,
+        caches: Sequence[KVCache] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """The final hidden states, normed: what `head.logits` turns into logits.
+        """The final hidden states, normed: what `logits` turns into logits.
 
         Args:
             places: positions and documents of a packed batch (`packed`). Without them a row is one document.
-            cache: keys and values of earlier calls, extended by this one; positions go on where it stands.
+            caches: one a row, keys and values of earlier calls, extended by this one; positions go on where
+                each stands. Without gradients, and not with `places`.
         """
         if places is None:
-            start = cache.length if cache is not None else 0
-            position = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape)
+            position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+            if caches is not None:
+                starts = torch.tensor([cache.length for cache in caches], device=ids.device)
+                position = position + starts[:, None]
             places = Places(position, torch.zeros_like(ids))
         x = self.model.embed_tokens(ids)
         # Rounded to the activation's dtype on purpose, as in Google's code: 59.75 for 9B in bf16.
         x = x * torch.tensor(math.sqrt(self.config.d_model), dtype=x.dtype, device=x.device)
         turn = rotary(places.position, self.config.head_dim, self.config.rope_theta)
         for index, layer in enumerate(self.model.layers):
-            x = layer(x, turn, places, cache.layers[index] if cache is not None else None)
-        if cache is not None:
-            cache.length += ids.shape[1]
+            memory = [(row.layers[index], row.length) for row in caches] if caches is not None else None
+            x = layer(x, turn, places, memory)
+        for cache in caches or ():
+            cache.advance(ids.shape[1])
         return self.model.norm(x)
 
-    def forward(
-        self,
-        ids: Int[Tensor, "B T"],
-        places: Places | None = None,
-        cache: KVCache | None = None,
-    ) -> Float[Tensor, "B T V"]:
+    def logits(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
+        """Capped fp32 logits of hidden states: those of every position, or of the few that are wanted."""
+        return head.logits(hidden, self.unembedding, self.config.final_softcap)
+
+    def forward(self, ids: Int[Tensor, "B T"], places: Places | None = None) -> Float[Tensor, "B T V"]:
         """The capped logits of every position. For a loss over a large vocabulary, `hidden` with `losses`."""
-        return head.logits(self.hidden(ids, places, cache), self.unembedding, self.config.final_softcap)
+        return self.logits(self.hidden(ids, places))
+
+    def with_window(self, window: int) -> "Gemma":
+        """The same weights, not copied, under another window of the local layers (report, Table 10)."""
+        other = _twin(self)
+        other.config = self.config.but(window=window)
+        other.model = _twin(self.model)
+        other.model.layers = nn.ModuleList(_twin(layer) for layer in self.model.layers)
+        for layer in other.model.layers:
+            layer.self_attn = _twin(layer.self_attn)
+            if layer.self_attn.window is not None:
+                layer.self_attn.window = window
+        return other
 
     def compile_layers(self) -> "Gemma":
         """Compile layer by layer: local and global layers are two graphs, at any depth. No-op if we can't."""
@@ -205,6 +244,13 @@ class Gemma(nn.Module):
             for layer in self.model.layers:
                 layer.compile()
         return self
+
+
+def _twin(module: Any) -> Any:
+    """A copy that shares parameters and submodules, and may be given others of its own."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
 
 
 def packed(ids: Int[Tensor, "B T"], bos_id: int) -> Places:

@@ -103,7 +103,7 @@ def train(
         NonFiniteError: names the step, the folder of the last good state, and what to change.
     """
     keep_freed_memory()
-    device = model.unembedding.device
+    device = model.device
     optimizer = adamw(model, config.optim)
     done = resume.load_state(folder.path, model, optimizer)
     folder.rewind(done)
@@ -171,4 +171,4 @@ def _update(
 def _autocast(model: Gemma, config: TrainConfig):
     if config.precision == "fp32":
         return nullcontext()
-    return torch.autocast(model.unembedding.device.type, dtype_of(config.precision))
+    return torch.autocast(model.device.type, dtype_of(config.precision))

@@ -1,15 +1,26 @@
-"""Attention: masks as drawings, three roads with one result, and no T x T matrix where none is needed."""
+"""Attention: masks as drawings, four roads with one result, and no T x T matrix where none is needed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemwright.model import attention
-from gemwright.model.attention import Places, attend, blockwise, flexible, reference, visible
+from gemwright.model.attention import (
+    Places,
+    attend,
+    blockwise,
+    flexible,
+    reference,
+    remembered,
+    visible,
+)
+from gemwright.model.cache import LayerCache
 
 GQA, MHA, MQA = (4, 2), (4, 4), (4, 1)
 CAUSAL_10 = """
@@ -222,21 +233,111 @@ def test_the_cap_comes_before_the_mask():
     )
 
 
-def test_attend_takes_blocks_for_a_sequence_and_the_reference_for_queries_after_a_cache(
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_on_a_cpu_a_whole_sequence_is_attended_to_in_blocks(monkeypatch: pytest.MonkeyPatch):
     taken = []
-    for name in ("reference", "blockwise"):
-        road = getattr(attention, name)
-        monkeypatch.setattr(
-            attention, name, lambda *args, name=name, road=road, **kw: taken.append(name) or road(*args, **kw)
-        )
+    road = attention.blockwise
+    monkeypatch.setattr(attention, "blockwise", lambda *args, **kw: taken.append(1) or road(*args, **kw))
     (q, k, v), places = inputs(6), documents(6, batch=2)
     options = {"scale": 1.0, "cap": 5.0, "window": 3}
-    whole = attend(q, k, v, places, places, **options)
-    last = Places(*(part[:, 4:] for part in places))
-    torch.testing.assert_close(attend(q[:, 4:], k, v, last, places, **options), whole[:, 4:])
-    assert taken == ["blockwise", "reference"]
+    whole = attend(q, k, v, places, **options)
+    torch.testing.assert_close(whole, reference(q, k, v, places, places, **options))
+    assert taken == [1]
+
+
+def after_a_cache(
+    tensors: tuple[Tensor, ...],
+    chunks: Sequence[int],
+    rewind: int = 0,
+    window: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """What `remembered` makes of each row, chunk by chunk: the outputs of the whole sequence."""
+    rows = []
+    for q, k, v in zip(*(tensor.detach() for tensor in tensors), strict=True):
+        layer, start, out = LayerCache(window, rewind, 0), 0, []
+        for count in chunks:
+            part = slice(start, start + count)
+            out.append(
+                remembered(q[part], layer.extend(k[part], v[part], start), start, window=window, **options)
+            )
+            start += count
+        rows.append(torch.cat(out))
+    return torch.stack(rows)
+
+
+@settings(max_examples=60)
+@given(
+    chunks=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    heads=st.sampled_from([GQA, MHA, MQA, (6, 2)]),
+    size=st.sampled_from([2, 8]),
+    cap=st.sampled_from([None, 0.5, 5.0]),
+    window=st.sampled_from([None, 1, 2, 5, 8, 30]),
+    rewind=st.integers(0, 3),
+    scale=st.sampled_from([0.3, 1.0, 2.0]),
+    block=st.sampled_from([1, 3, 128]),
+    seed=st.integers(0, 9),
+)
+def test_attention_to_a_cache_equals_the_reference(
+    chunks: list[int], heads: tuple[int, int], size: int, cap: float | None, window: int | None, rewind: int,
+    scale: float, block: int, seed: int,
+):  # fmt: skip
+    """Chunks of any lengths, blocks of few queries, rings with and without slack."""
+    torch.manual_seed(seed)
+    tensors, places = inputs(sum(chunks), heads, size), documents(sum(chunks), batch=2)
+    options = {"scale": scale, "cap": cap, "window": window}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "QUERY_BLOCK", block)
+        ours = after_a_cache(tensors, chunks, rewind, **options)
+    expected = reference(*tensors, places, places, **options)
+    torch.testing.assert_close(ours, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_attention_to_a_cache_equals_the_reference_at_its_real_block_size(window: int | None):
+    tensors, places = inputs(300), documents(300, batch=2)
+    options = {"scale": 1.0, "cap": 5.0, "window": window}
+    ours = after_a_cache(tensors, [150, 1, 149], **options)
+    expected = reference(*tensors, places, places, **options)
+    torch.testing.assert_close(ours, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_in_bf16_attention_to_a_cache_stays_close_to_fp32(window: int | None):
+    tensors, places = inputs(150, dtype=torch.bfloat16), documents(150, batch=2)
+    options = {"scale": 0.35, "cap": 50.0, "window": window}
+    ours = after_a_cache(tensors, [70, 1, 50, 29], rewind=2, **options)
+    exact = reference(*(tensor.float() for tensor in tensors), places, places, **options)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"cap": None}, {"cap": 6.0}, {"scale": 1.2}, {"window": 4}, {"window": 6}, {"window": None}],
+    ids=str,
+)
+def test_the_comparison_of_attention_to_a_cache_tells_when_a_feature_is_broken(broken: dict[str, Any]):
+    tensors, places = inputs(17), documents(17, batch=2)
+    options = {"scale": 1.0, "cap": 5.0, "window": 5}
+    ours = after_a_cache(tensors, [9, 1, 7], **options)
+    torch.testing.assert_close(ours, reference(*tensors, places, places, **options).detach())
+    assert (ours - reference(*tensors, places, places, **options | broken)).abs().max() > 0.01
+
+
+def test_scores_far_beyond_the_cap_leave_no_nan_after_a_cache():
+    tensors = tuple(tensor.detach() * 1e4 for tensor in inputs(9))
+    assert after_a_cache(tensors, [6, 1, 2], rewind=1, scale=1.0, cap=50.0, window=4).isfinite().all()
+
+
+def test_attention_to_a_cache_leaves_queries_and_memory_as_they_were():
+    """Scores are changed in place, and nothing else."""
+    q, k, v = (tensor[0].detach() for tensor in inputs(9))
+    layer = LayerCache(4, 0, 0)
+    layer.extend(k[:8], v[:8], 0)
+    reach = layer.extend(k[8:], v[8:], 8)
+    before = [tensor.clone() for tensor in (q, reach.keys, reach.values)]
+    remembered(q[8:], reach, 8, scale=0.5, cap=5.0, window=4)
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, reach.keys, reach.values), strict=True))
 
 
 def test_a_local_layer_never_holds_a_matrix_of_all_scores():

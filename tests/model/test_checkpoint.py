@@ -1,6 +1,8 @@
 """Checkpoints: what is saved comes back bit for bit, and what is not whole does not come back at all."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gemwright.model import checkpoint
 from gemwright.model.checkpoint import CONFIG, INDEX, WEIGHTS, load, load_config, save
-from gemwright.model.config import GemmaConfig, alternating
+from gemwright.model.config import GemmaConfig, alternating, size
 from gemwright.model.gemma import Gemma
 
 TINY = GemmaConfig(
@@ -225,6 +228,123 @@ def test_a_config_without_a_cap_is_refused(folder: Path):
     edit(folder, attn_logit_softcapping=...)
     with pytest.raises(ValueError, match="lacks attn_logit_softcapping"):
         load(folder)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_copying_in_many_blocks_changes_nothing(
+    model: Gemma, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
+):
+    save(model.double(), tmp_path)
+    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 100)  # a row of the embedding is 32, of q_proj 32
+    assert_same(load(tmp_path, dtype=dtype or torch.float32), model.to(dtype or torch.float32))
+
+
+def test_a_head_that_differs_in_its_last_row_only_is_refused(
+    model: Gemma, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 100)
+    head = model.unembedding.detach().clone()
+    put(folder, {"lm_head.weight": head})
+    assert_same(load(folder), model)
+    head[-1, -1] += 1
+    put(folder, {"lm_head.weight": head})
+    with pytest.raises(ValueError, match=r"has a lm_head\.weight of its own"):
+        load(folder)
+
+
+def test_a_head_of_another_shape_is_refused(model: Gemma, folder: Path):
+    put(folder, {"lm_head.weight": model.unembedding.detach()[:-1].clone()})
+    with pytest.raises(ValueError, match=r"has a lm_head\.weight of its own"):
+        load(folder)
+
+
+def test_training_what_was_loaded_leaves_the_file_alone(folder: Path):
+    before = (folder / WEIGHTS).read_bytes()
+    loaded, other = load(folder), load(folder)
+    first = other.model.norm.weight.clone()
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.add_(1.0)
+    assert (folder / WEIGHTS).read_bytes() == before
+    assert torch.equal(other.model.norm.weight, first)
+    assert torch.equal(loaded.model.norm.weight, first + 1)
+
+
+def test_a_loaded_model_outlives_its_folder_and_a_save_over_it(model: Gemma, folder: Path):
+    first = load(folder)
+    save(Gemma(TINY), folder)
+    second = load(folder)
+    save(first, folder)  # a mapped model, written over the file that another one maps
+    for path in folder.iterdir():
+        path.unlink()
+    assert_same(first, model)
+    assert not torch.equal(second.unembedding, model.unembedding)
+
+
+def test_what_would_not_fit_into_memory_is_refused_before_any_is_taken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checkpoint, "available_memory", lambda device: 4_000)
+    with pytest.raises(
+        RuntimeError, match=r"takes 0\.0 GB of memory .* cpu has 0\.0 GB left. Take a narrower"
+    ):
+        load(folder, dtype=torch.bfloat16)
+    load(folder)  # mapped: it needs none
+    monkeypatch.setattr(checkpoint, "available_memory", lambda device: None)
+    load(folder, dtype=torch.bfloat16)
+
+
+def test_a_blank_model_has_every_tensor_and_no_memory():
+    blank = checkpoint.blank(TINY)
+    assert {name: tensor.shape for name, tensor in blank.state_dict().items()} == {
+        name: tensor.shape for name, tensor in Gemma(TINY).state_dict().items()
+    }
+    assert all(parameter.is_meta for parameter in blank.parameters())
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from gemwright.model.checkpoint import load
+
+def peak():  # of this program; ru_maxrss begins with the peak of the process that started it
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+
+before = peak()
+model = load(Path(sys.argv[1]), dtype=getattr(torch, sys.argv[2]))
+for parameter in model.parameters():
+    parameter.detach().view(torch.uint8).max()  # what is mapped counts when it is read
+print(peak() - before, sum(parameter.nbytes for parameter in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process its peak")
+@pytest.mark.parametrize(
+    ("kept", "dtype"),
+    [
+        ("float32", "float32"),
+        ("sharded", "float32"),
+        ("tied", "float32"),
+        ("bfloat16", "float32"),
+        ("float32", "bfloat16"),
+        ("tied", "bfloat16"),
+    ],
+)
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path, kept: str, dtype: str):
+    model = Gemma(size("6m"))  # 290 MB in fp32, most of it in one tensor
+    if kept == "bfloat16":
+        model.bfloat16()
+    save(model, tmp_path, max_shard_bytes=(8 << 20) if kept == "sharded" else 1 << 40)
+    if kept == "tied":
+        put(tmp_path, {"lm_head.weight": model.unembedding.detach().clone()})
+    command = [sys.executable, "-c", PEAK, str(tmp_path), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    taken, weights = map(int, done.stdout.split())
+    # A block on its way and code that is imported late do not grow with the model.
+    assert 0.9 * weights < taken < 1.15 * weights + (64 << 20)
 
 
 def test_weights_that_are_no_floats_are_refused(folder: Path):

@@ -1,4 +1,4 @@
-"""The model against the report's order of operations in float64 loops, packed rows, and the cache."""
+"""The model against the report's order of operations in float64 loops, and packed rows."""
 
 import math
 from typing import Any
@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gemwright.model import cost
 from gemwright.model.attention import Places, visible
-from gemwright.model.cache import KVCache
 from gemwright.model.config import Attention, GemmaConfig, alternating
 from gemwright.model.gemma import Gemma, RMSNorm, packed
 
@@ -202,32 +201,6 @@ def test_empty_slots_before_a_text_change_nothing():
     torch.testing.assert_close(
         model(row, Places(position, document))[:, 4:], model(ids), rtol=1e-4, atol=1e-4
     )
-
-
-@pytest.mark.parametrize("chunks", [[1] * 17, [17], [4, 1, 1, 1, 10], [5, 12], [3, 6, 8], [12, 5]], ids=str)
-def test_reading_through_the_cache_equals_reading_at_once(chunks: list[int]):
-    """The window is 5: chunks end before it, on it and beyond it, and some are longer."""
-    model, ids = gemma(), tokens(2, 17)
-    cache = KVCache(model.config)
-    logits = torch.cat([model(chunk, cache=cache) for chunk in ids.split(chunks, 1)], 1)
-    assert cache.length == 17
-    torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-4)
-
-
-def test_a_window_of_one_needs_no_cache():
-    model, ids = gemma(window=1), tokens(1, 6)
-    cache = KVCache(model.config)
-    logits = torch.cat([model(chunk, cache=cache) for chunk in ids.split(1, 1)], 1)
-    torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-4)
-
-
-def test_the_cache_holds_as_many_bytes_as_the_cost_says():
-    model, ids = gemma().bfloat16(), tokens(1, 12)
-    cache = KVCache(model.config)
-    assert cache.bytes == 0
-    for length, chunk in enumerate(ids.split(1, 1), start=1):
-        model(chunk, cache=cache)
-        assert cache.bytes == cost.kv_cache_bytes(model.config, length, 2)
 
 
 def test_one_seed_gives_one_model():
