@@ -23,6 +23,7 @@ from jaxtyping import Int32
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from gemwright.run import atomic, write_json, write_text
+from gemwright.tokenizer.template import TEMPLATE, TEMPLATE_FILE
 
 SPECIAL: dict[str, int] = {
     **{"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<2mass>": 5, "[@BOS@]": 6},
@@ -156,7 +157,8 @@ class Tokenizer:
         return "".join(self._spell(numbers))
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.model` as it was loaded, and two JSON files from which transformers loads it.
+        """Write `tokenizer.model` as it was loaded, and from what transformers loads it: two JSON files and
+        the chat template.
 
         `AutoTokenizer.from_pretrained(folder)` gives the ids of `encode(text, bos=True)`, with one inherent
         difference: it takes every control token that the text spells, `<unk>` included, for the token.
@@ -167,6 +169,7 @@ class Tokenizer:
         fast = json.dumps(_tokenizers_format(parse_model(self.model)), ensure_ascii=False)
         write_text(folder / "tokenizer.json", fast)  # in one line: indenting 580,000 merges costs seconds
         write_json(folder / "tokenizer_config.json", _TRANSFORMERS_CONFIG)
+        write_text(folder / TEMPLATE_FILE, TEMPLATE)
 
     def _encode(self, text: str | list[str], **options: Any) -> Any:
         try:

@@ -149,7 +149,7 @@ def test_reserved_tokens_are_where_gemma_has_them(tokenizer: Tokenizer) -> None:
 
 def test_saving_keeps_the_model_byte_for_byte(small: Tokenizer, tmp_path: Path) -> None:
     small.save(tmp_path / "new")
-    names = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    names = ["chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
     assert Tokenizer.load(tmp_path / "new").sha256 == small.sha256
     assert Tokenizer.load(str(tmp_path / "new" / "tokenizer.model")).model == small.model

@@ -122,7 +122,8 @@ def test_half_a_surrogate_pair_is_told_as_such(texts: list[str]) -> None:
 def test_the_stage_leaves_a_tokenizer_and_a_card(texts: list[str], tmp_path: Path) -> None:
     card = run(CONFIG, tmp_path / "tokenizer", lambda: texts, {"corpus": "four modules"})
     tokenizer = Tokenizer.load(tmp_path / "tokenizer")
-    assert sorted(card.outputs) == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    files = ["chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    assert sorted(card.outputs) == files
     assert card.inputs == {"corpus": {"value": "four modules"}}
     assert card.results["vocab_size"] == tokenizer.vocab_size == 800
     assert card.results["sha256"] == tokenizer.sha256
