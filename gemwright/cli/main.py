@@ -10,6 +10,7 @@ from gemwright.cli import recipe, text, training, use
 
 VERBS = (
     "run",
+    "plan",
     "curate",
     "tokenizer",
     "shards",
@@ -18,7 +19,11 @@ VERBS = (
     "targets",
     "distill",
     "prompts",
+    "import",
+    "evaluate",
     "generate",
+    "chat",
+    "export",
     "ablate",
 )
 

@@ -37,6 +37,55 @@ Workers = Annotated[
 Partition = Annotated[str | None, typer.Option("--partition", help="Slurm's partition.")]
 
 
+Model = Annotated[
+    str,
+    typer.Argument(help="A checkpoint's folder, ours or Hugging Face's; or its name there: OWNER/NAME."),
+]
+
+
+class Quantised(StrEnum):
+    """What weights may be rounded to."""
+
+    INT8 = "int8"
+
+
+Quantize = Annotated[
+    Quantised | None,
+    typer.Option("--quantize", help="Hold the weights in one byte each: faster, less exact."),
+]
+Window = Annotated[
+    int | None, typer.Option("--window", help="Of the local layers, instead of the checkpoint's.")
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft", help="A smaller model with the same tokenizer, whose guesses are judged: faster."
+    ),
+]
+Lookahead = Annotated[
+    int, typer.Option("--lookahead", min=1, help="Tokens that the draft guesses at a time.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", help="0 takes the likeliest token; 1 draws from the model.")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Draw from so many of the likeliest tokens only.")]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", help="Draw from the likeliest that together reach this probability."),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", help="Draw from tokens with this share of the likeliest one's probability only."),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="Above 1, what stands there already gets less likely.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of the draws.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="A text to end before; it is not shown. Repeatable.")
+]
+
+
 def executor_config(kind: Where, workers: int | None, partition: str | None) -> Any:
     """Those three as an `ExecutorConfig`."""
     from gemwright.data.executor import ExecutorConfig

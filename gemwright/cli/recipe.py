@@ -1,4 +1,4 @@
-"""`gemwright run` and `gemwright ablate`: a whole pipeline, and a study of many."""
+"""`gemwright run`, `plan` and `ablate`: a whole pipeline, a model's cost, and a study of many runs."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -44,6 +44,44 @@ def run(
     tell(as_json, {"report": str(page), **data}, f"{data['table']}\n\n{page}")
 
 
+class Numbers(StrEnum):
+    """How weights are held."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+def plan(
+    size: Annotated[
+        str,
+        typer.Argument(help="A size by name (2b 9b 27b, 0.1m to 1b), or the folder of a checkpoint."),
+    ],
+    precision: Annotated[Numbers, typer.Option("--precision", help="How weights are held.")] = Numbers.BF16,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context", min=1, help="Tokens of each, prompt and answer; the model's max_seq_len by default."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Count what generating with a model will cost: weights, keys and values, FLOPs; and does it fit here?
+
+    Nothing is loaded. If this machine has too little memory, it says what would fit. int8 is what
+    `gemwright evaluate --quantize int8` judges.
+
+    Example: gemwright plan 9b --precision int8 --batch 4 --context 8192
+    """
+    from dataclasses import asdict
+
+    from gemwright.recipes import plan as recipe
+
+    made = recipe.plan(size, recipe.config_of(size), precision.value, batch=batch, context=context)
+    tell(as_json, asdict(made), made.told())
+
+
 class Study(StrEnum):
     """The studies there are."""
 
@@ -84,4 +122,5 @@ def ablate(
 def add(app: typer.Typer) -> None:
     """Hang the verbs of this file into the command line."""
     app.command()(run)
+    app.command()(plan)
     app.command()(ablate)

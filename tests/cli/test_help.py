@@ -42,8 +42,19 @@ def test_help_needs_nothing_heavy():
 def test_verbs_are_listed_in_pipeline_order():
     told = HELPS["gemwright"].partition("Commands:")[2]
     listed = [line.split()[0] for line in told.splitlines() if line.startswith("  ") and line[2] != " "]
-    pipeline = ["run", "curate", "tokenizer", "shards", "pretrain", "label", "targets", "distill", "prompts"]
-    pipeline += ["generate", "ablate"]
+    pipeline = [
+        "run",
+        "plan",
+        "curate",
+        "tokenizer",
+        "shards",
+        "pretrain",
+        "label",
+        "targets",
+        "distill",
+        "prompts",
+    ]
+    pipeline += ["import", "evaluate", "generate", "chat", "export", "ablate"]
     assert listed == list(VERBS) == pipeline
 
 
@@ -75,7 +86,7 @@ def test_the_page_of_the_command_line_is_what_the_help_says():
 def test_the_page_has_a_section_for_every_command_in_order():
     titles = [line[3:] for line in reference.page().splitlines() if line.startswith("## ")]
     assert titles == list(HELPS)
-    assert titles[:4] == ["gemwright", "gemwright run", "gemwright curate", "gemwright tokenizer"]
+    assert titles[:4] == ["gemwright", "gemwright run", "gemwright plan", "gemwright curate"]
 
 
 def test_the_page_is_the_same_on_every_terminal(monkeypatch: pytest.MonkeyPatch):
