@@ -4,6 +4,7 @@
 #   make demo                     the laptop recipe on text that this machine has; CORPUS=folder for your own,
 #                                 FRESH=1 to start anew
 #   make test | check | parity    unit tests | format, lint, types, floors, spelling | logits against transformers
+#   make interop                  others load what we write: transformers, llama.cpp
 #
 # pip's own settings hold: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares a machine without a
 # GPU the CUDA libraries. PYTHON=python3.12 chooses the Python that .venv is made with.
@@ -22,22 +23,25 @@ export GEMWRIGHT_DATA ?= $(abspath ../shared/data)
 endif
 
 .DEFAULT_GOAL := test
-.PHONY: demo test slow check parity bench docs lock
+.PHONY: demo test slow check parity interop bench docs lock
 .NOTPARALLEL:
 
 demo: $(READY)/core
 	$(BIN)/gemwright run laptop $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(FRESH),--fresh)
 
 test: $(READY)/test $(READY)/parity $(READY)/bench
-	$(RUN) pytest $(SHAPES) -m "not (compiled or slow or parity)"
-	$(RUN) pytest -m "compiled and not (slow or parity)"
+	$(RUN) pytest $(SHAPES) -m "not (compiled or slow or parity or interop)"
+	$(RUN) pytest -m "compiled and not (slow or parity or interop)"
 
 # pytest's 5 means that no test is marked so.
 slow: $(READY)/test $(READY)/parity $(READY)/bench
-	$(RUN) pytest -m "slow and not parity" || [ $$? = 5 ]
+	$(RUN) pytest -m "slow and not (parity or interop)" || [ $$? = 5 ]
 
 parity: $(READY)/test $(READY)/parity
 	$(RUN) pytest -m parity
+
+interop: $(READY)/test $(READY)/parity $(READY)/interop
+	$(RUN) pytest -m interop
 
 check: $(READY)/test
 	$(BIN)/ruff format --check .
@@ -46,12 +50,13 @@ check: $(READY)/test
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-bench: $(READY)/bench $(READY)/parity
+bench: $(READY)/bench $(READY)/parity $(READY)/interop
 	$(RUN) bench.curate
 	$(RUN) bench.filters
 	$(RUN) bench.tokenizer
 	$(RUN) bench.head_loss
 	$(RUN) bench.targets
+	$(RUN) bench.generate
 	$(RUN) bench.train_step
 
 docs: $(READY)/core
@@ -61,7 +66,7 @@ docs: $(READY)/core
 # wheel; triton is the one that torch's CUDA build asks for, as liger-kernel would take a newer one.
 lock: $(BIN)/pip
 	$(RUN) pip install --quiet --dry-run --ignore-installed --report .venv/lock.json triton==3.7.1 \
-	    ".[serve,eval,gguf,hub,ray,track,test,parity,bench]"
+	    ".[serve,eval,gguf,gpu,hub,ray,track,test,parity,interop,bench]"
 	$(BIN)/python -c "$$LOCK" > requirements.lock
 
 define LOCK
