@@ -1,4 +1,4 @@
-"""The commands that documents and help texts show can be given: every verb and option in them exists."""
+"""What documents and help texts show can be given: verbs and options exist, and Python runs."""
 
 import re
 import shlex
@@ -10,6 +10,10 @@ from typer.main import get_command
 
 from gemwright.cli import reference
 from gemwright.cli.main import app
+from gemwright.model import checkpoint
+from gemwright.model.config import GemmaConfig
+from gemwright.model.gemma import Gemma
+from gemwright.tokenizer.tokenizer import Tokenizer
 
 HOUSE = Path(__file__).parent.parent
 PAGES = [HOUSE / "README.md", *sorted((HOUSE / "docs").rglob("*.md"))]
@@ -83,6 +87,23 @@ def test_commands_are_found_in_shell_blocks_alone():
         ["gemwright", "run", "laptop"],
         ["gemwright", "shards", "text", "--out", "a"],
     ]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/use-it.md", "docs/6-generate.md"])
+def test_the_python_that_a_page_shows_runs(
+    page: str, tiny: GemmaConfig, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From top to bottom, where tiny models lie in the folders that it names."""
+    blocks = [block for language, block in FENCE.findall((HOUSE / page).read_text()) if language == "python"]
+    assert blocks
+    named = {*re.findall(r'(?:load\(|draft=)"([^"]+)"', "".join(blocks))} - {"sky.json"}
+    for folder in named:
+        checkpoint.save(Gemma(tiny.but(max_seq_len=512)), tmp_path / folder)
+        Tokenizer.load(tokenizer_folder).save(tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
 
 
 @pytest.mark.parametrize(
