@@ -27,7 +27,7 @@ from bench.turns import Ask, in_turns
 from gemwright.model.config import size
 
 CONFIG = size("200m").but(window=512)
-SHORT, LONG, NEW = 512, 4096, 48
+SHORT, LONG, NEW, MANY = 512, 4096, 48, 96
 RAGGED = (32, 512, 64, 256, 96, 128, 384, 48)
 LOOKAHEADS = (2, 4)
 THREADS = os.cpu_count() or 1
@@ -135,7 +135,7 @@ def ours(folder: Path, quantize: str | None = None) -> Ask:
     def ragged(max_batch: int) -> dict[str, Any]:
         scheduler = Scheduler(model, max_batch=max_batch)
         for seed, length in enumerate(RAGGED):
-            scheduler.submit(prompt(length, seed), greedy)
+            scheduler.submit(prompt(length, seed), greedy.but(max_tokens=MANY))
         start, kv = time.perf_counter(), 0
         while not scheduler.idle:
             scheduler.step()
@@ -160,7 +160,7 @@ def speculative(folder: Path) -> Ask:
     from gemwright.generate.speculative import SpeculativeSession
 
     target, draft = (load(folder / name).model for name in ("target", "draft"))
-    sampling = Sampling(max_tokens=2 * NEW, temperature=1.0, stop_ids=())
+    sampling = Sampling(max_tokens=MANY, temperature=1.0, stop_ids=())
 
     def seconds(session: Session) -> float:
         session.feed(prompt(SHORT))
@@ -293,7 +293,7 @@ def rows_of(answers: dict[str, dict[str, list[Any]]]) -> list[dict[str, Any]]:
         for batch in (1, len(RAGGED)):
             found = [answer[batch] for answer in asked["ragged"] if answer]
             if found:
-                speed = len(RAGGED) * NEW / statistics.median(one["seconds"] for one in found)
+                speed = len(RAGGED) * MANY / statistics.median(one["seconds"] for one in found)
                 numbers = {"decode_tokens_per_s": round(speed, 2), "kv_mib": round(found[0]["kv"] / 2**20, 2)}
                 rows.append(row(impl, precision, batch, sum(RAGGED) // len(RAGGED), **numbers))
         found = [answer for answer in asked["speculative"] if answer]

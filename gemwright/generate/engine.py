@@ -15,7 +15,6 @@ from torch import Tensor
 from gemwright.device import available_memory
 from gemwright.generate.sampling import Sampler, Sampling, Token, check
 from gemwright.model.cache import KVCache
-from gemwright.model.config import GemmaConfig
 from gemwright.model.cost import kv_cache_bytes
 from gemwright.model.gemma import Gemma
 
@@ -108,7 +107,7 @@ class Session:
         assert 0 < positions <= len(self.ids)
         self._unread(len(self.ids) - positions)
         try:
-            with explained(self.model.config, len(self.ids), self.model):
+            with explained(self.model, len(self.ids)):
                 return self._advance(positions)
         except BaseException:  # interrupted between two layers, the cache is torn
             self._cache = None
@@ -152,7 +151,7 @@ def cache_bytes(model: Gemma, length: int) -> int:
 
 
 @contextmanager
-def explained(config: GemmaConfig, length: int, model: Gemma) -> Iterator[None]:
+def explained(model: Gemma, length: int) -> Iterator[None]:
     """Turn torch's words for exhausted memory into `OutOfMemory`, which says what to do."""
     try:
         yield

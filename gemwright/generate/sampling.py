@@ -111,7 +111,10 @@ class Sampler:
             p = _only(p, _nucleus(p, s.top_p))
         if s.min_p is not None:
             p = torch.where(p >= s.min_p * p.max(), p, 0.0)
-        return p / p.sum()
+        total = p.sum()
+        if not total > 0:  # not <=, which NaN passes
+            raise ValueError("the model's logits are not finite: it is of a run that diverged, or damaged.")
+        return p / total
 
     def _penalised(self, logits: Float[Tensor, " V"], ahead: Sequence[int]) -> Float[Tensor, " V"]:
         if self._seen is None:

@@ -97,7 +97,7 @@ class Scheduler:
         self._admit()
         try:
             longest = max((len(request._ids) for request in self._running), default=0)
-            with torch.no_grad(), explained(self.model.config, longest, self.model):
+            with torch.no_grad(), explained(self.model, longest):
                 return self._prefill() + self._decode()
         except BaseException:
             for request in list(self._running):  # their caches may be torn between two layers

@@ -80,27 +80,36 @@ def remembered(
     Without gradients: scores are changed in place.
     """
     keys, values, first = reach
-    heads, held, size = keys.shape
-    new = len(q)
-    alone = new == 1 and (held if first is None else start + 1 - first) <= (window or held)
-    out = torch.empty_like(q)
+    heads, held, _ = keys.shape
+    new, last = len(q), start + len(q) - 1
+    q = (q * scale).unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # (G, R, T, K)
+    if new == 1 and (held if first is None else start + 1 - first) <= (window or held):
+        return _mix(q, keys, values, None, cap)  # one query, which sees all that is held
+    blocks = []
     for begin in range(0, new, QUERY_BLOCK):
         end = min(new, begin + QUERY_BLOCK)
         low, high = 0, held
         if first is not None:  # in order: only the keys that some query of the block sees
             low, high = max(0, start + begin + 1 - (window or held) - first), start + end - first
-        block = (q[begin:end] * scale).unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # (G, R, T, K)
-        scores = torch.bmm(block.reshape(heads, -1, size), keys[:, low:high].transpose(1, 2)).float()
-        if cap is not None:
-            scores.div_(cap).tanh_().mul_(cap)
-        if not alone:
-            position = torch.arange(start + begin, start + end, device=q.device)
-            hidden = _hidden(position, _positions(low, high, first, held, start + new - 1, q.device), window)
-            scores.view(heads, -1, end - begin, high - low).add_(hidden)
-        probabilities = scores.softmax(-1).to(values.dtype)
-        mixed = torch.bmm(probabilities, values[:, low:high]).view(heads, -1, end - begin, size)
-        out[begin:end] = mixed.permute(2, 0, 1, 3).flatten(1, 2)
-    return out
+        places = torch.arange(start + begin, start + end, device=q.device)
+        unseen = _unseen(places, _positions(low, high, first, held, last, q.device), window)
+        blocks.append(_mix(q[:, :, begin:end], keys[:, low:high], values[:, low:high], unseen, cap))
+    return torch.cat(blocks)
+
+
+def _mix(
+    q: Float[Tensor, "G R T K"], keys: Float[Tensor, "G S K"], values: Float[Tensor, "G S K"],
+    unseen: Float[Tensor, "T S"] | None, cap: float | None,
+) -> Float[Tensor, "T H K"]:  # fmt: skip
+    """Values weighed by the scores of scaled queries."""
+    heads, repeats, new, size = q.shape
+    scores = torch.bmm(q.reshape(heads, -1, size), keys.transpose(1, 2)).float()
+    if cap is not None:
+        scores.div_(cap).tanh_().mul_(cap)
+    if unseen is not None:
+        scores.view(heads, repeats, new, -1).add_(unseen)
+    mixed = torch.bmm(scores.softmax(-1).to(values.dtype), values)
+    return mixed.view(heads, repeats, new, size).permute(2, 0, 1, 3).reshape(new, -1, size)
 
 
 def _positions(
@@ -111,7 +120,7 @@ def _positions(
     return first + slots if first is not None else last - (last - slots) % held
 
 
-def _hidden(queries: Int[Tensor, " T"], keys: Int[Tensor, " S"], window: int | None) -> Float[Tensor, "T S"]:
+def _unseen(queries: Int[Tensor, " T"], keys: Int[Tensor, " S"], window: int | None) -> Float[Tensor, "T S"]:
     """What is added to scores: 0 where a query sees a key, and so little elsewhere that nothing remains."""
     distance = queries[:, None] - keys
     unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)

@@ -46,8 +46,10 @@ class LayerCache:
             return Reach(keys[:, :end], values[:, :end], 0)
         keys, values = self._room(self.ring, k)
         if new <= self.rewind + 1:  # what these overwrite, none of them sees
-            slots = torch.arange(start, end, device=k.device) % self.ring
-            keys[:, slots], values[:, slots] = k, v
+            slot = start % self.ring
+            whole = min(new, self.ring - slot)
+            keys[:, slot : slot + whole], values[:, slot : slot + whole] = k[:, :whole], v[:, :whole]
+            keys[:, : new - whole], values[:, : new - whole] = k[:, whole:], v[:, whole:]
             return Reach(keys, values, None)
         assert self.window is not None
         first = max(0, start - self.window + 1)

@@ -42,18 +42,21 @@ class RMSNorm(nn.Module):
 
 
 def rotary(position: Int[Tensor, "B T"], size: int, theta: float) -> Float[Tensor, "2 B T 1 K"]:
-    """Cosines and sines of every position's angles, in fp32 (bf16 cannot hold a position beyond 256)."""
+    """Cosines and sines of every position's angles, in fp32 (bf16 cannot hold a position beyond 256).
+
+    The sines of the first half are negated: so `rotate` has only to swap halves.
+    """
     frequencies = theta ** (-torch.arange(0, size, 2, device=position.device, dtype=torch.float32) / size)
-    angles = position[..., None].float() * frequencies
-    angles = torch.cat((angles, angles), -1)[:, :, None]
-    return torch.stack((angles.cos(), angles.sin()))
+    angles = (position[..., None].float() * frequencies)[:, :, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
 
 def rotate(x: Float[Tensor, "B T H K"], turn: Float[Tensor, "2 B T 1 K"]) -> Float[Tensor, "B T H K"]:
     """RoPE: turn the pairs (i, i + K/2), halves split as in the checkpoints; fp32, then back."""
-    first, second = x.float().chunk(2, -1)
-    turned = torch.cat((-second, first), -1)
-    return (x.float() * turn[0] + turned * turn[1]).to(x.dtype)
+    wide = x.float()
+    first, second = wide.chunk(2, -1)
+    return (wide * turn[0] + torch.cat((second, first), -1) * turn[1]).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -90,15 +93,16 @@ class SelfAttention(nn.Module):
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, turn), rotate(k, turn)
+        q, k = rotate(torch.cat((q, k), 2), turn).split((q.shape[2], k.shape[2]), 2)
         constants: Any = {"scale": self.scale, "cap": self.cap, "window": self.window}
         if memory is None:
             out = attend(q, k, v, places, **constants)
         else:
-            out = torch.stack([
+            rows = [
                 remembered(q[row], cache.extend(k[row], v[row], start), start, **constants)
                 for row, (cache, start) in enumerate(memory)
-            ])  # fmt: skip
+            ]
+            out = torch.stack(rows) if len(rows) > 1 else rows[0][None]
         return self.o_proj(out.flatten(2))
 
 
@@ -202,6 +206,7 @@ class Gemma(nn.Module):
         if places is None:
             position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
             if caches is not None:
+                assert len(caches) == len(ids)
                 starts = torch.tensor([cache.length for cache in caches], device=ids.device)
                 position = position + starts[:, None]
             places = Places(position, torch.zeros_like(ids))

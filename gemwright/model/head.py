@@ -18,7 +18,7 @@ Unembedding = Float[Tensor, "V D"] | Callable[[Tensor], Tensor]
 """The embedding table, or what multiplies hidden states by one that is quantised."""
 
 _LOG2_E = math.log2(math.e)
-_FEW_ROWS = range(4, 33)  # below, F.linear reads weights at the memory's speed; above, both are alike
+_FEW_ROWS = range(4, 65)  # below, MKL reads weights at the memory's speed; above, both are alike
 _BLOCK_BYTES = 32 << 20  # of a head in bf16, cast to fp32 at a time
 
 
@@ -50,8 +50,8 @@ def softcap_slope(capped: Float[Tensor, "*N S"], cap: float) -> Float[Tensor, "*
 def product(x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*N O"]:
     """x times the transpose of the weight, as every projection is.
 
-    On a CPU the same product is asked for the other way round where few rows meet a large matrix, as when
-    several sequences take a step together: MKL then reads the weights 1.6 times as fast (LOG.md).
+    On a CPU oneDNN multiplies where few rows meet a large matrix, as when several sequences take a step
+    together: torch would leave that to MKL, which takes up to twice as long there (LOG.md).
     """
     rows = x.numel() // x.shape[-1]
     if (
@@ -59,10 +59,15 @@ def product(x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"]) -> Float[Ten
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
     ):
-        out = torch.mm(weight, x.reshape(rows, -1).T)
-        return out.T.contiguous().view(*x.shape[:-1], -1)
+        return _by_onednn(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
+
+
+def _by_onednn(x: Float[Tensor, "N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "N O"]:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def raw_logits(

@@ -365,6 +365,24 @@ def test_interrupted_between_two_layers_it_goes_on_as_if_nothing_had_happened(
     handle.remove()
 
 
+def test_what_an_interrupted_turn_has_written_over_is_not_taken_for_what_stood_there(model: Gemma):
+    """The first layer's ring holds the new turn already; a cut within its slack would look behind that."""
+    ours = session(model, text(20), rewind=4)
+    drawn(ours, 1)
+    ours.feed(text(8))
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        drawn(ours, 1)
+    handle.remove()
+    ours.cut(17)
+    ours.feed([150])
+    assert drawn(ours, 10) == read_again(model, [*text(20)[:17], 150], 10)
+
+
 @pytest.mark.parametrize("chunk", [3, 512])
 def test_a_prompt_interrupted_between_two_chunks_is_read_again(
     model: Gemma, monkeypatch: pytest.MonkeyPatch, chunk: int

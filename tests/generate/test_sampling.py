@@ -246,6 +246,14 @@ def test_the_ends_of_a_large_vocabulary_are_within_it(uniform: float):
     assert id < 256_000
 
 
+def test_unlikely_tokens_behind_a_likely_one_keep_their_places():
+    """Each adds a billionth to 1, which a sum in fp32 would not notice."""
+    p = torch.full((1000,), 1e-9)
+    p[0] = 1.0
+    whole = float(p.double().sum())
+    assert [draw(p, (1 + place * 1e-9) / whole) for place in (0.5, 300.5, 998.5)] == [1, 301, 999]
+
+
 CUTS: list[dict[str, Any]] = [
     {}, {"temperature": 0.5}, {"temperature": 2.5}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1},
     {"temperature": 1.5, "top_k": 5, "top_p": 0.95, "min_p": 0.05},
@@ -376,3 +384,8 @@ def test_ids_that_the_model_has_no_row_for_are_refused(ids: list[int], stop_ids:
 
 def test_all_rows_of_the_model_may_be_asked_for():
     check(Sampling(stop_ids=(0, 5)), [0, 5], 6)
+
+
+def test_a_model_that_diverged_says_so():
+    with pytest.raises(ValueError, match="the model's logits are not finite"):
+        sampler([0], 4, temperature=1.0).choose(torch.tensor([1.0, torch.nan, 0.0, 2.0]))

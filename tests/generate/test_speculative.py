@@ -116,6 +116,24 @@ def test_the_penalty_counts_what_the_draft_put_ahead(
 
 
 @often
+@pytest.mark.parametrize("kind", DRAFTS[:3])
+@pytest.mark.parametrize("lookahead", [1, 2, 3])
+def test_so_it_does_where_every_token_would_be_said_again(
+    model: Gemma, draft: Callable[[str], Gemma], kind: str, lookahead: int
+):
+    """With large embeddings each token is its own likeliest successor, until it has been said."""
+    judge = draft(kind)
+    with torch.no_grad():
+        for each in (model, judge):
+            each.unembedding.mul_(10.0)
+    expected = plainly(model, text(6), repetition_penalty=1e3)
+    session = speculative(model, judge, text(6), lookahead)
+    assert said(session, repetition_penalty=1e3) == expected
+    assert (session.acceptance == 1) == (kind == "the model itself")
+    assert len(set(plainly(model, text(6)))) < 3 < 8 < len(set(expected))
+
+
+@often
 @pytest.mark.parametrize("kind", DRAFTS[1:3])
 @pytest.mark.parametrize("max_tokens", range(1, 8))
 def test_it_says_no_more_than_it_may(model: Gemma, draft: Callable[[str], Gemma], kind: str, max_tokens: int):
@@ -146,7 +164,16 @@ def test_a_lookahead_longer_than_a_chunk_is_judged_as_a_whole(model: Gemma, monk
 # How often a draft is right.
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 2.0, "top_k": 20}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 2.0, "top_k": 20},
+        {"temperature": 1.0, "repetition_penalty": 9.0},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("max_tokens", "proposed"), [(30, 24), (7, 5), (5, 4), (2, 1), (12, 9)])
 def test_everything_that_the_model_itself_proposes_is_kept(
     model: Gemma, options: dict[str, Any], max_tokens: int, proposed: int
