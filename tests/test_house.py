@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 import tomllib
 import warnings
 from pathlib import Path
@@ -185,3 +186,42 @@ def test_a_warning_from_elsewhere_is_none():
     with warnings.catch_warnings(record=True) as caught:
         warnings.warn_explicit("heard", UserWarning, "somewhere.py", 1, module="torch.jit")
     assert [str(warning.message) for warning in caught] == ["heard"]
+
+
+FRESH_MACHINE = """
+import importlib, pkgutil, sys
+from importlib import metadata
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+brought, todo = set(), [Requirement(wanted) for wanted in sys.argv[1:]]
+while todo:
+    wanted = todo.pop()
+    name = canonicalize_name(wanted.name)
+    if name not in brought and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
+        brought.add(name)
+        todo += map(Requirement, metadata.requires(name) or ())
+spare = {
+    module for module, owners in metadata.packages_distributions().items()
+    if not brought & {canonicalize_name(owner) for owner in owners} and module != "gemwright"
+}
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in spare:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import gemwright
+for module in pkgutil.walk_packages(gemwright.__path__, "gemwright."):
+    importlib.import_module(module.name)
+"""
+
+
+def test_the_core_imports_nothing_that_its_dependencies_do_not_bring():
+    """datatrove imports a library that it does not ask for: `make demo` failed where no extra had brought it."""
+    wanted = PYPROJECT["project"]["dependencies"]
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH_MACHINE, *wanted], capture_output=True, text=True, cwd=HOUSE, check=False
+    )
+    assert done.returncode == 0, done.stderr
