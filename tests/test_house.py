@@ -219,7 +219,7 @@ for module in pkgutil.walk_packages(gemwright.__path__, "gemwright."):
 
 
 def test_the_core_imports_nothing_that_its_dependencies_do_not_bring():
-    """datatrove imports a library that it does not ask for: `make demo` failed where no extra had brought it."""
+    """datatrove imports what it does not ask for: `make demo` failed where no extra had brought it."""
     wanted = PYPROJECT["project"]["dependencies"]
     done = subprocess.run(
         [sys.executable, "-c", FRESH_MACHINE, *wanted], capture_output=True, text=True, cwd=HOUSE, check=False
