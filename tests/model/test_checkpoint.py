@@ -334,7 +334,7 @@ print(peak() - before, sum(parameter.nbytes for parameter in model.parameters())
     ],
 )
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path, kept: str, dtype: str):
-    model = Gemma(size("6m"))  # 290 MB in fp32, most of it in one tensor
+    model = Gemma(size("6m").but(vocab_size=512_000))  # 540 MB in fp32, most of it in one tensor
     if kept == "bfloat16":
         model.bfloat16()
     save(model, tmp_path, max_shard_bytes=(8 << 20) if kept == "sharded" else 1 << 40)
@@ -343,8 +343,8 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path, kept:
     command = [sys.executable, "-c", PEAK, str(tmp_path), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     taken, weights = map(int, done.stdout.split())
-    # A block on its way and code that is imported late do not grow with the model.
-    assert 0.9 * weights < taken < 1.15 * weights + (64 << 20)
+    # Blocks on their way and code that is imported late (40 to 100 MB) do not grow with the model.
+    assert 0.9 * weights < taken < 1.15 * weights + (128 << 20)
 
 
 def test_weights_that_are_no_floats_are_refused(folder: Path):
