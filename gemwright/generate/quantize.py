@@ -28,6 +28,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 
 from gemwright.model import head
+from gemwright.model.checkpoint import blank
 from gemwright.model.config import GemmaConfig
 from gemwright.model.gemma import Gemma, Linear, RMSNorm
 
@@ -57,8 +58,7 @@ def quantize(model: Gemma, kind: Kind = "int8") -> Gemma:
 
 @torch.no_grad()
 def _quantized(model: Gemma, packed: bool) -> Gemma:
-    with torch.device("meta"):
-        made = Gemma(model.config)
+    made = blank(model.config)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             made.set_submodule(name, Int8Embedding(module.weight, packed))
