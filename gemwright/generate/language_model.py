@@ -268,14 +268,11 @@ def batched(
         if not running:
             return
         for request, token in scheduler.step():
-            # A step may draw two tokens of one, its first and the next: the first may have ended it.
-            if (entry := running.get(request)) is None:
-                continue
-            number, text, tokens = entry
+            number, text, tokens = running[request]
             if token is not None:
                 tokens.append(token)
                 text.push(token.id)
-            if text.stopped or (request.finish and len(tokens) == len(request.tokens)):
+            if text.stopped or request.finish:
                 scheduler.cancel(request)
                 text.finish()
                 del running[request]

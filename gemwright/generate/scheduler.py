@@ -1,8 +1,8 @@
 """Continuous batching: sequences join and leave a running batch at every step.
 
-A step reads one chunk of one new prompt, so that a long prompt holds nobody up, and then draws one token for
-every sequence whose prompt has been read, in one pass over the weights. Requests start in the order they
-came. Each reserves the keys and values of its whole length at its start, so the sum is bounded and a
+A step is one pass over the weights. It takes one token of every sequence whose prompt has been read, and of
+new prompts, in the order they came, a chunk of tokens in all: short ones together, while a long one, read
+chunk by chunk, holds nobody up. Requests start in the order they came. Each reserves the keys and values of its whole length at its start, so the sum is bounded and a
 sequence that started is never thrown out.
 
 What a sequence draws does not depend on who is beside it: own cache, own attention, own generator. Only
@@ -12,6 +12,7 @@ from the one drawn alone where two choices are that close, and nowhere else.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -31,6 +32,8 @@ class Request:
         """What has been drawn so far, the stop token left out."""
         self.finish: Finish | None = None
         """None while it waits or runs."""
+        self.stopped_by: int | None = None
+        """The stop token that ended it, if one did."""
         self._ids = list(prompt)
         self._sampler = Sampler(sampling, prompt, vocab_size)
         self._cache: KVCache | None = None
@@ -98,7 +101,7 @@ class Scheduler:
         try:
             longest = max((len(request._ids) for request in self._running), default=0)
             with torch.no_grad(), explained(self.model, longest):
-                return self._prefill() + self._decode()
+                return self._advance()
         except BaseException:
             for request in list(self._running):  # their caches may be torn between two layers
                 self.cancel(request)
@@ -120,32 +123,34 @@ class Scheduler:
             request._cache = KVCache(self.model.config, reserve=self._length(request))
             self._running.append(request)
 
-    def _prefill(self) -> list[tuple[Request, Token | None]]:
-        """Read the next chunk of the first prompt that is not read; its end gives the first token."""
-        request = next((request for request in self._running if not request.tokens), None)
-        if request is None:
+    def _advance(self) -> list[tuple[Request, Token | None]]:
+        """One pass; who has nothing left to read draws a token."""
+        room, taken = PREFILL_CHUNK, list[tuple[Request, KVCache, list[int]]]()
+        for request in self._running:
+            assert request._cache is not None
+            new = request._ids[request._cache.length :]
+            if not request.tokens:
+                new = new[:room]
+                room -= len(new)
+            if new:
+                taken.append((request, request._cache, new))
+        if not taken:
             return []
-        assert request._cache is not None
-        start = request._cache.length
-        ids = torch.tensor([request._ids[start : start + PREFILL_CHUNK]], device=self.model.device)
-        hidden = self.model.hidden(ids, caches=[request._cache])
-        if request._cache.length < len(request._ids):
-            return []
-        return [self._take(request, self.model.logits(hidden[0, -1]))]
-
-    def _decode(self) -> list[tuple[Request, Token | None]]:
-        """One more token for everyone whose prompt is read."""
-        ready = [request for request in self._running if request.tokens]
-        if not ready:
-            return []
-        ids = torch.tensor([request._ids[-1:] for request in ready], device=self.model.device)
-        caches = [request._cache for request in ready if request._cache is not None]
-        logits = self.model.logits(self.model.hidden(ids, caches=caches)[:, -1])
-        return [self._take(request, row) for request, row in zip(ready, logits, strict=True)]
+        lengths = [len(new) for _, _, new in taken]
+        ids = torch.tensor([[id for _, _, new in taken for id in new]], device=self.model.device)
+        hidden = self.model.hidden(ids, caches=[cache for _, cache, _ in taken], lengths=lengths)
+        ready = [
+            (request, end - 1)
+            for (request, cache, _), end in zip(taken, accumulate(lengths), strict=True)
+            if cache.length == len(request._ids)
+        ]
+        logits = self.model.logits(hidden[0, [last for _, last in ready]])
+        return [self._take(request, row) for (request, _), row in zip(ready, logits, strict=True)]
 
     def _take(self, request: Request, logits: torch.Tensor) -> tuple[Request, Token | None]:
         token = request._sampler.choose(logits)
         if token.id in request.sampling.stop_ids:
+            request.stopped_by = token.id
             self._end(request, "stop")
             return request, None
         request.tokens.append(token)

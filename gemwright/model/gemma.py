@@ -22,8 +22,8 @@ from gemwright.model.attention import Places, attend, remembered
 from gemwright.model.cache import KVCache, LayerCache
 from gemwright.model.config import Attention, GemmaConfig
 
-Memory = list[tuple[LayerCache, int]]
-"""For each row of a batch, what a layer remembers of it, and the position its new tokens begin at."""
+Memory = list[tuple[LayerCache, int, int]]
+"""For each sequence, what a layer remembers of it, the position its new tokens begin at, and their number."""
 
 
 class RMSNorm(nn.Module):
@@ -89,7 +89,7 @@ class SelfAttention(nn.Module):
         places: Places,
         memory: Memory | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Attend within `x`; with a memory, each row to what it remembers of earlier calls too."""
+        """Attend within `x`; with a memory (B = 1, sequences end to end), each to what it remembers too."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -98,11 +98,13 @@ class SelfAttention(nn.Module):
         if memory is None:
             out = attend(q, k, v, places, **constants)
         else:
+            lengths = [new for _, _, new in memory]
+            parts = zip(memory, *(tensor[0].split(lengths) for tensor in (q, k, v)), strict=True)
             rows = [
-                remembered(q[row], cache.extend(k[row], v[row], start), start, **constants)
-                for row, (cache, start) in enumerate(memory)
+                remembered(queries, cache.extend(keys, values, start), start, **constants)
+                for (cache, start, _), queries, keys, values in parts
             ]
-            out = torch.stack(rows) if len(rows) > 1 else rows[0][None]
+            out = (torch.cat(rows) if len(rows) > 1 else rows[0])[None]
         return self.o_proj(out.flatten(2))
 
 
@@ -195,31 +197,43 @@ class Gemma(nn.Module):
         ids: Int[Tensor, "B T"],
         places: Places | None = None,
         caches: Sequence[KVCache] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The final hidden states, normed: what `logits` turns into logits.
 
         Args:
             places: positions and documents of a packed batch (`packed`). Without them a row is one document.
-            caches: one a row, keys and values of earlier calls, extended by this one; positions go on where
-                each stands. Without gradients, and not with `places`.
+            caches: one a sequence, keys and values of earlier calls, extended by this one; positions go on
+                where each stands. Without gradients, and not with `places`.
+            lengths: new tokens of each sequence, where `ids` (B = 1) has them end to end; by default a row is
+                a sequence.
         """
-        if places is None:
-            position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-            if caches is not None:
-                assert len(caches) == len(ids)
-                starts = torch.tensor([cache.length for cache in caches], device=ids.device)
-                position = position + starts[:, None]
+        shape = ids.shape
+        if caches is not None:
+            assert places is None
+            lengths = [shape[1]] * shape[0] if lengths is None else lengths
+            assert len(caches) == len(lengths), (len(caches), lengths)
+            ids = ids.reshape(1, -1)  # projections take all tokens at once, attention goes by sequence
+            starts = [cache.length for cache in caches]
+            position = [
+                start + new for start, count in zip(starts, lengths, strict=True) for new in range(count)
+            ]
+            places = Places(torch.tensor([position], device=ids.device), torch.zeros_like(ids))
+        elif places is None:
+            position = torch.arange(shape[1], device=ids.device).expand(shape)
             places = Places(position, torch.zeros_like(ids))
         x = self.model.embed_tokens(ids)
         # Rounded to the activation's dtype on purpose, as in Google's code: 59.75 for 9B in bf16.
         x = x * torch.tensor(math.sqrt(self.config.d_model), dtype=x.dtype, device=x.device)
         turn = rotary(places.position, self.config.head_dim, self.config.rope_theta)
         for index, layer in enumerate(self.model.layers):
-            memory = [(row.layers[index], row.length) for row in caches] if caches is not None else None
+            memory = None
+            if caches is not None and lengths is not None:
+                memory = [(c.layers[index], c.length, new) for c, new in zip(caches, lengths, strict=True)]
             x = layer(x, turn, places, memory)
-        for cache in caches or ():
-            cache.advance(ids.shape[1])
-        return self.model.norm(x)
+        for cache, new in zip(caches or (), lengths or (), strict=True):
+            cache.advance(new)
+        return self.model.norm(x).view(*shape, -1)
 
     def logits(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
         """Capped fp32 logits of hidden states: those of every position, or of the few that are wanted."""
