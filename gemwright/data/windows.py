@@ -13,7 +13,7 @@ all came once.
 
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import Annotated
+from typing import Annotated, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -57,6 +57,42 @@ def _one_after_another(stages: tuple[MixtureStage, ...]) -> tuple[MixtureStage, 
 
 Mixture = Annotated[tuple[MixtureStage, ...], AfterValidator(_one_after_another)]
 """The stages of a run, in order. Empty: every source by its share of the text."""
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What training reads: rows of `seq_len + 1` ids, by number, and which of them an update takes."""
+
+    @property
+    def split(self) -> Split:
+        """The split that they are of."""
+        ...
+
+    @property
+    def seq_len(self) -> int:
+        """Inputs a row, and targets."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """Rows that there are."""
+        ...
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        ...
+
+    def numbers(self, step: int, batch_size: int) -> UInt64[np.ndarray, " B"]:
+        """Which rows batch number `step` takes: a function of a seed and `step` alone."""
+        ...
+
+    def in_order(self) -> UInt64[np.ndarray, " N"]:
+        """The numbers of an epoch's rows, ascending."""
+        ...
+
+    def take(self, numbers: UInt64[np.ndarray, " N"]) -> Int[Tensor, "N T1"]:
+        """Rows by their numbers, int64."""
+        ...
 
 
 class Windows:
@@ -133,7 +169,7 @@ class Windows:
         if self._mixed:
             return self._mixed.at(place)
         epoch, index = np.divmod(place, np.uint64(self._kept))
-        return self._chosen(_permuted(index, self._kept, _key(self._seed, epoch)))
+        return self._chosen(permuted(index, self._kept, order_key(self._seed, epoch)))
 
     def in_order(self) -> UInt64[np.ndarray, " N"]:
         """The numbers of all windows that are kept, in the order of the text."""
@@ -155,7 +191,7 @@ class Windows:
         """From a window's number among those kept to its number in the split."""
         if self._kept == self.total:
             return index
-        return _permuted(index, self.total, _key(self.subset_seed, np.zeros_like(index)))
+        return permuted(index, self.total, order_key(self.subset_seed, np.zeros_like(index)))
 
 
 class _Mixed:
@@ -201,8 +237,8 @@ class _Mixed:
         for source in np.unique(sources):
             here, own = sources == source, self._ranges[source]
             epoch, index = np.divmod(turns[here], np.uint64(len(own)))
-            key = _mixed(_key(self._seed, epoch) + np.uint64(source))
-            numbers[here] = _permuted(index, len(own), key) + np.uint64(own.start)
+            key = _mixed(order_key(self._seed, epoch) + np.uint64(source))
+            numbers[here] = permuted(index, len(own), key) + np.uint64(own.start)
         return numbers if self._kept is None else self._kept[numbers]
 
 
@@ -247,7 +283,7 @@ def _turns(places: UInt64[np.ndarray, " N"], shares: list[int]) -> UInt64[np.nda
     return np.stack(columns, 1)
 
 
-def _permuted(
+def permuted(
     index: UInt64[np.ndarray, " N"], size: int, key: UInt64[np.ndarray, " N"]
 ) -> UInt64[np.ndarray, " N"]:
     """Where a keyed permutation of 0 to size - 1 takes each index, without holding the permutation.
@@ -268,7 +304,8 @@ def _permuted(
     return result
 
 
-def _key(seed: int, epoch: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
+def order_key(seed: int, epoch: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
+    """The key of `permuted` for each epoch of a run with this seed."""
     return _mixed(_mixed(np.full_like(epoch, seed % 2**64)) + epoch)
 
 

@@ -24,7 +24,7 @@ from gemwright.targets.store import Targets
 from gemwright.tokenizer.tokenizer import MODEL_FILE, SPECIAL, Tokenizer
 from gemwright.train import resume
 from gemwright.train.diagnostics import watch
-from gemwright.train.loop import TrainConfig, make_batch, train
+from gemwright.train.loop import TrainConfig, batches_of, make_batch, train
 from gemwright.train.teacher import (
     REPORT,
     ObjectiveConfig,
@@ -180,7 +180,7 @@ def _work(
     last = train(
         model,
         loss,
-        trained_on,
+        batches_of(trained_on, config.train, device),
         config.train,
         folder,
         lambda model: {"validation": nats_per_token(model, part), **look(model)},

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gemwright.config import Config
-from gemwright.data.windows import Windows, target_weights
+from gemwright.data.windows import Rows, target_weights
 from gemwright.device import Precision, dtype_of, keep_freed_memory
 from gemwright.model.attention import Places
 from gemwright.model.gemma import Gemma, packed
@@ -72,27 +72,57 @@ class Batch(NamedTuple):
 
 Loss = Callable[[Gemma, Batch], tuple[Float[Tensor, ""], dict[str, float]]]
 
+Batches = Callable[[int], list[Batch]]
+"""From the number of an update, 0 for the first, to its batch, in the portions that gradients are accumulated
+over. A function of that number and of the weights before it, so that a killed run resumes exactly."""
+
 
 class NonFiniteError(RuntimeError):
     """The loss or its gradient is not a number; the weights were not touched by it."""
 
 
 def make_batch(
-    windows: Int[Tensor, "B T1"],
+    rows: Int[Tensor, "B T1"],
     bos_id: int,
     device: torch.device | str = "cpu",
     numbers: UInt64[np.ndarray, " B"] | None = None,
+    weights: Float[Tensor, "B T"] | None = None,
 ) -> Batch:
-    """Rows of T + 1 tokens -> inputs, targets, their weights and the places of the packed documents."""
-    windows = windows.to(device)
-    ids = windows[:, :-1].contiguous()
-    return Batch(ids, windows[:, 1:].contiguous(), target_weights(windows), packed(ids, bos_id), numbers)
+    """Rows of T + 1 tokens -> inputs, targets, their weights and the places of the packed documents.
+
+    Without `weights` every target counts 1, but `<pad>` and the `<bos>` of another document.
+    """
+    rows = rows.to(device)
+    ids = rows[:, :-1].contiguous()
+    weights = target_weights(rows) if weights is None else weights.to(device)
+    return Batch(ids, rows[:, 1:].contiguous(), weights, packed(ids, bos_id), numbers)
+
+
+def batches_of(
+    rows: Rows,
+    config: TrainConfig,
+    device: torch.device | str = "cpu",
+    weights: Callable[[UInt64[np.ndarray, " B"]], Float[Tensor, "B T"]] | None = None,
+) -> Batches:
+    """The batches of what lies packed on disk. `weights` of the targets by row; None: as `make_batch`."""
+
+    def batches(step: int) -> list[Batch]:
+        numbers = rows.numbers(step, config.batch_size)
+        few = config.micro_batch_size or config.batch_size
+        return [
+            make_batch(
+                rows.take(part), SPECIAL["<bos>"], device, part, None if weights is None else weights(part)
+            )
+            for part in np.split(numbers, range(few, len(numbers), few))
+        ]
+
+    return batches
 
 
 def train(
     model: Gemma,
     loss: Loss,
-    windows: Windows,
+    batches: Batches,
     config: TrainConfig,
     folder: RunFolder,
     validate: Callable[[Gemma], dict[str, float]],
@@ -103,24 +133,15 @@ def train(
         NonFiniteError: names the step, the folder of the last good state, and what to change.
     """
     keep_freed_memory()
-    device = model.device
     optimizer = adamw(model, config.optim)
     done = resume.load_state(folder.path, model, optimizer)
     folder.rewind(done)
     if config.compile:
         model.compile_layers()
     last: dict[str, float] | None = None
-    tokens_a_step = config.batch_size * config.seq_len
-    with folder.progress(
-        "training", config.steps * tokens_a_step, done * tokens_a_step, unit="tokens"
-    ) as advance:
+    with folder.progress("training", config.steps, done, unit="updates") as advance:
         for step in range(done, config.steps):
-            numbers = windows.numbers(step, config.batch_size)
-            few = config.micro_batch_size or config.batch_size
-            parts = [
-                make_batch(windows.take(part), SPECIAL["<bos>"], device, part)
-                for part in np.split(numbers, range(few, len(numbers), few))
-            ]
+            parts = batches(step)
             lr = learning_rate(step, config.steps, config.optim)
             value, metrics, norm = _update(model, loss, parts, optimizer, lr, config)
             if not (math.isfinite(value) and math.isfinite(norm)):
@@ -137,7 +158,7 @@ def train(
             folder.log(**row)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 resume.save_state(folder.path, step + 1, model, optimizer)
-            advance(tokens_a_step, loss=f"{value:.3f}")
+            advance(1, loss=f"{value:.3f}")
     return validate(model) if last is None else last
 
 

@@ -8,7 +8,7 @@ import torch
 
 from gemwright.data.shards import Shards
 from gemwright.data.sources import Split
-from gemwright.data.windows import Windows, _key, _permuted, target_weights
+from gemwright.data.windows import Windows, order_key, permuted, target_weights
 
 
 def whole_split(shards: Shards, split: Split) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_another_seed_is_another_order(shards_folder: Path) -> None:
 def test_the_order_is_pinned() -> None:
     """An order that changes with a release would break every resumed run."""
     index = np.arange(12, dtype=np.uint64)
-    assert _permuted(index, 12, _key(7, np.zeros_like(index))).tolist() == PINNED
+    assert permuted(index, 12, order_key(7, np.zeros_like(index))).tolist() == PINNED
 
 
 PINNED = [9, 4, 7, 0, 5, 8, 10, 2, 1, 3, 11, 6]
@@ -73,7 +73,7 @@ PINNED = [9, 4, 7, 0, 5, 8, 10, 2, 1, 3, 11, 6]
 def test_the_keyed_order_is_a_permutation_of_any_size(size: int) -> None:
     index = np.arange(size, dtype=np.uint64)
     for seed in range(5):
-        order = _permuted(index, size, _key(seed, np.zeros_like(index)))
+        order = permuted(index, size, order_key(seed, np.zeros_like(index)))
         assert sorted(order.tolist()) == list(range(size))
 
 
@@ -82,7 +82,7 @@ def test_every_window_comes_equally_often_in_every_place() -> None:
     epochs, size = 20_000, 10
     epoch = np.repeat(np.arange(epochs, dtype=np.uint64), size)
     place = np.tile(np.arange(size, dtype=np.uint64), epochs)
-    window = _permuted(place, size, _key(1, epoch))
+    window = permuted(place, size, order_key(1, epoch))
     counts = np.zeros((size, size), int)
     np.add.at(counts, (place.astype(int), window.astype(int)), 1)
     assert np.abs(counts - epochs / size).max() < 212

@@ -25,7 +25,7 @@ from gemwright.tokenizer.tokenizer import Tokenizer
 from gemwright.tokenizer.train import TokenizerConfig
 from gemwright.tokenizer.train import train as train_tokenizer
 from gemwright.train import loop
-from gemwright.train.loop import Batch, TrainConfig, make_batch
+from gemwright.train.loop import Batch, Batches, TrainConfig, make_batch
 from gemwright.train.optim import OptimConfig
 from gemwright.train.teacher import Teacher, distillation, next_token
 
@@ -144,9 +144,9 @@ def test_student_and_twin_begin_alike_and_see_the_same_batches(
 ):
     seen: list[tuple[dict[str, Tensor], list[Tensor]]] = []
 
-    def watch(model: Gemma, loss: Any, windows: Windows, *others: Any) -> dict[str, float]:
+    def watch(model: Gemma, loss: Any, batches: Batches, *others: Any) -> dict[str, float]:
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        seen.append((weights, [windows.batch(step, 4) for step in range(8)]))
+        seen.append((weights, [part.ids for step in range(8) for part in batches(step)]))
         return {"validation": 1.0}
 
     monkeypatch.setattr(pretrain, "train", watch)

@@ -16,7 +16,7 @@ from gemwright.model import checkpoint
 from gemwright.model.config import GemmaConfig
 from gemwright.model.gemma import Gemma
 from gemwright.run import RunFolder, read_metrics
-from gemwright.train.loop import Batch, NonFiniteError, TrainConfig, make_batch, train
+from gemwright.train.loop import Batch, NonFiniteError, TrainConfig, batches_of, make_batch, train
 from gemwright.train.optim import OptimConfig
 from gemwright.train.teacher import next_token
 
@@ -38,6 +38,7 @@ class Rows(Windows):
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
         self.seq_len = rows.shape[1] - 1
+        self.split, self.total, self._kept = "train", len(rows), len(rows)
 
     def numbers(self, step: int, batch_size: int) -> np.ndarray:
         return np.arange(len(self.rows), dtype=np.uint64)
@@ -77,7 +78,14 @@ def go(
 ) -> list[dict[str, Any]]:
     """Train in a folder; the rows of its metrics."""
     folder.mkdir(exist_ok=True)
-    train(model, loss, rows, config, RunFolder(folder), validate or (lambda model: {"validation": 1.0}))
+    train(
+        model,
+        loss,
+        batches_of(rows, config),
+        config,
+        RunFolder(folder),
+        validate or (lambda model: {"validation": 1.0}),
+    )
     return read_metrics(folder)
 
 
@@ -209,7 +217,9 @@ def test_validation_comes_when_it_is_due_and_at_the_end(windows: Windows, tiny: 
 def test_the_last_validation_is_what_comes_back(windows: Windows, tiny: GemmaConfig, tmp_path: Path):
     validations = iter([{"validation": 3.0}, {"validation": 2.0}])
     folder = RunFolder(tmp_path)
-    last = train(fresh(tiny), next_token, windows, CONFIG, folder, lambda model: next(validations))
+    last = train(
+        fresh(tiny), next_token, batches_of(windows, CONFIG), CONFIG, folder, lambda model: next(validations)
+    )
     assert last == {"validation": 2.0}
 
 
@@ -292,7 +302,14 @@ def test_a_run_that_was_finished_but_for_its_end_is_only_validated(
 ):
     go(fresh(tiny), windows, CONFIG, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
-    last = train(Gemma(tiny), poisoned(1, math.nan), windows, CONFIG, folder, lambda model: {"a": 7.0})
+    last = train(
+        Gemma(tiny),
+        poisoned(1, math.nan),
+        batches_of(windows, CONFIG),
+        CONFIG,
+        folder,
+        lambda model: {"a": 7.0},
+    )
     assert last == {"a": 7.0}
     assert len(read_metrics(tmp_path / "run")) == 6
 

@@ -28,7 +28,7 @@ from gemwright.model.config import GemmaConfig
 from gemwright.model.gemma import Gemma
 from gemwright.run import RunFolder, read_card, read_metrics
 from gemwright.targets.store import TargetBatch, Targets
-from gemwright.train.loop import Batch, TrainConfig, make_batch, train
+from gemwright.train.loop import Batch, TrainConfig, batches_of, make_batch, train
 from gemwright.train.optim import OptimConfig
 from gemwright.train.teacher import ObjectiveConfig, StoredTeacher, Teacher, distillation, flat_hidden
 
@@ -274,8 +274,8 @@ def test_portions_of_a_batch_read_the_targets_of_their_own_windows(
         torch.manual_seed(1)
         models.append(Gemma(tiny.but(init_std=0.2)))
         (tmp_path / str(portion)).mkdir()
-        folder = RunFolder(tmp_path / str(portion))
-        train(models[-1], loss, windows, config.but(micro_batch_size=portion), folder, lambda model: {})
+        folder, portions = RunFolder(tmp_path / str(portion)), config.but(micro_batch_size=portion)
+        train(models[-1], loss, batches_of(windows, portions), portions, folder, lambda model: {})
     rows = [read_metrics(tmp_path / str(portion)) for portion in (None, 3, 2, 1)]
     for model, row in zip(models[1:], rows[1:], strict=True):
         assert [r["loss"] for r in row] == pytest.approx([r["loss"] for r in rows[0]], abs=1e-5)
