@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from gemwright.cli import recipe, text, training, use
+from gemwright.cli.verbs import posttraining, recipe, text, training, use
 
 VERBS = (
     "run",
@@ -19,6 +19,9 @@ VERBS = (
     "targets",
     "distill",
     "prompts",
+    "answer",
+    "sft",
+    "on-policy",
     "import",
     "evaluate",
     "generate",
@@ -59,7 +62,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (recipe, text, training, use):
+for group in (recipe, text, training, posttraining, use):
     group.add(app)
 
 

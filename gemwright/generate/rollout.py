@@ -91,8 +91,8 @@ def rollouts(
     Conversations are taken when there is room, and yielded when they are done, with their numbers, in any
     order. Turn t of number i draws with `seed` + i + 2^32 t.
 
-    The model's own are also the `<end_of_turn>` that ended a reply, and the `<eos>` after the last one, which is
-    due there (report, table 5) and not drawn. An `<eos>` that was drawn in place of `<end_of_turn>` stands
+    The model's own are also the `<end_of_turn>` that ended a reply, and the `<eos>` after the last one, which
+    is due there (report, table 5) and not drawn. An `<eos>` that was drawn in place of `<end_of_turn>` stands
     alone, and ends the conversation.
 
     Raises:

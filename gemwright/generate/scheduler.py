@@ -2,8 +2,8 @@
 
 A step is one pass over the weights. It takes one token of every sequence whose prompt has been read, and of
 new prompts, in the order they came, a chunk of tokens in all: short ones together, while a long one, read
-chunk by chunk, holds nobody up. Requests start in the order they came. Each reserves the keys and values of its whole length at its start, so the sum is bounded and a
-sequence that started is never thrown out.
+chunk by chunk, holds nobody up. Each reserves the keys and values of its whole length at its start, so the
+sum is bounded and a sequence that started is never thrown out.
 
 What a sequence draws does not depend on who is beside it: own cache, own attention, own generator. Only
 rounding differs between a product of one row and one of many, in the seventh digit of fp32; a text can differ

@@ -113,7 +113,22 @@ def evaluation() -> EvaluationConfig:
 
 
 def run(root: Path, corpus: Path | None = None, *, fresh: bool = False) -> Path:
-    """Go through the recipe in `root` and write the report. Returns the page's path.
+    """Go through the recipe in `root` and write the report. Returns the page's path; errors as `pretrained`."""
+    from gemwright.recipes.laptop_report import write
+
+    page = write(root, *pretrained(root, corpus, fresh=fresh))
+    say(
+        f"the report is {page}. "
+        f'Next: gemwright generate {root / "distilled"} "def __init__(self" --max-tokens 40; or go on to a chat '
+        "model: gemwright run laptop --full"
+    )
+    return page
+
+
+def pretrained(
+    root: Path, corpus: Path | None = None, *, fresh: bool = False
+) -> tuple[dict[str, Card], Curated]:
+    """Every stage up to the evaluation, in `root`; their cards, and the text.
 
     Raises:
         ValueError: too little text, a corpus folder that holds `root`, or a `root` made from other text.
@@ -157,15 +172,7 @@ def run(root: Path, corpus: Path | None = None, *, fresh: bool = False) -> Path:
             train(kind, f"curve/{kind}-{distinct}", student(SEEDS[0], best, distinct))
     judged = ["teacher", *(n for n in cards if n.split("-")[0] in ("distilled", "scratch"))]
     cards["evaluation"] = _evaluate(evaluation(), root, judged, questions)
-
-    from gemwright.recipes.laptop_report import write
-
-    page = write(root, cards, text)
-    say(
-        f"the report is {page}. "
-        f'Next: gemwright generate {root / "distilled"} "def __init__(self" --max-tokens 40'
-    )
-    return page
+    return cards, text
 
 
 def _evaluate(config: EvaluationConfig, root: Path, names: list[str], questions: tuple[Task, ...]) -> Card:

@@ -13,8 +13,8 @@ KINDS = ("teacher", "distilled", "scratch")
 NAMES = {"teacher": "teacher", "distilled": "student, distilled", "scratch": "twin, from scratch"}
 
 
-def write(root: Path, cards: dict[str, Card], corpus: Curated) -> Path:
-    """Write `report.html` and `report.json` into `root`; returns the page's path."""
+def write(root: Path, cards: dict[str, Card], corpus: Curated, out: Path | None = None) -> Path:
+    """Write `report.html` and `report.json` into `out`, by default `root`; returns the page's path."""
     runs = {kind: [kind, *(n for n in cards if n.startswith(f"{kind}-seed"))] for kind in KINDS}
     nats = {
         kind: mean_std([cards[name].results["held_out"] for name in names]) for kind, names in runs.items()
@@ -98,7 +98,7 @@ def write(root: Path, cards: dict[str, Card], corpus: Curated) -> Path:
             page.code(prompt + scores[kind]["samples"][prompt])
     page.heading("Where the time went")
     page.table(["stage", "seconds"], [[name, f"{value:.0f}"] for name, value in data["seconds"].items()])
-    return page.write(root)
+    return page.write(out or root)
 
 
 def _percent(stats: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def test_a_file_in_the_way_is_one_sentence(
 
 
 def test_the_types_of_the_command_line_are_those_of_the_writer():
-    from gemwright.cli.use import Stored
+    from gemwright.cli.verbs.use import Stored
     from gemwright.export.gguf import TYPES
 
     assert [kind.value for kind in Stored] == list(TYPES)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from gemwright.cli import use
+from gemwright.cli.verbs import use
 from gemwright.generate.language_model import Chat, load
 from gemwright.generate.sampling import Sampling
 from gemwright.generate.speculative import LOOKAHEAD
