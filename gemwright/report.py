@@ -74,6 +74,11 @@ class Report:
         """Horizontal bars, the first on top, each with its value."""
         self._parts.append(f"<figure>{_bars(names, values, x)}</figure>")
 
+    def points(self, groups: Mapping[str, Sequence[float]], *, x: str, caption: str = "") -> None:
+        """A line a group, the first on top: a dot for each value, and a bar at their mean."""
+        below = f"<figcaption class=note>{html.escape(caption)}</figcaption>"
+        self._parts.append(f"<figure>{_points(groups, x)}{below}</figure>")
+
     def write(self, folder: Path) -> Path:
         """Write `report.html` and `report.json`; returns the page's path."""
         title = html.escape(self.title)
@@ -141,6 +146,22 @@ def _bars(names: Sequence[str], values: Sequence[int], x: str) -> str:
         axes.spines[["top", "right"]].set_visible(False)
 
     return _drawn(draw, height=1 + 0.3 * max(2, len(names)))
+
+
+def _points(groups: Mapping[str, Sequence[float]], x: str) -> str:
+    def draw(axes: Any) -> None:
+        for place, values in enumerate(groups.values()):
+            mean = sum(values) / len(values)
+            axes.scatter(values, [place] * len(values), color=COLOURS["distilled"], alpha=0.6, zorder=2)
+            axes.scatter([mean], [place], color=COLOURS["teacher"], marker="|", s=300, zorder=3)
+            axes.annotate(f"{mean:.3f}", (mean, place), xytext=(0, 9), textcoords="offset points", ha="center")
+        axes.set_yticks(range(len(groups)), groups.keys())
+        axes.set_ylim(len(groups) - 0.5, -0.7)
+        axes.set_xlabel(x)
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    return _drawn(draw, height=1 + 0.55 * max(2, len(groups)))
 
 
 def _drawn(draw: Callable[[Any], None], height: float) -> str:

@@ -45,6 +45,7 @@ def filled(text: str = "text") -> Report:
         x=f"x {text}", y=f"y {text}", log_x=True, caption=text,
     )  # fmt: skip
     report.bars([text, "b"], [3, 1], x=f"x {text}")
+    report.points({text: [3.0, 4.0], "b": [1.0]}, x=f"x {text}", caption=text)
     return report
 
 
@@ -76,8 +77,8 @@ def test_the_page_is_one_html_document_in_reading_order(tmp_path: Path):
     assert path.name == "report.html"
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     order = [tag for tag in tags if tag in ("h1", "h2", "p", "pre", "table", "figure")]
-    assert order == ["h1", "h2", "p", "p", "pre", "table", "figure", "figure"]
-    assert tags.count("svg") == 2
+    assert order == ["h1", "h2", "p", "p", "pre", "table", "figure", "figure", "figure"]
+    assert tags.count("svg") == 3
 
 
 def test_the_numbers_stand_beside_the_page_as_json(tmp_path: Path):
