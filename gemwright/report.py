@@ -154,7 +154,9 @@ def _points(groups: Mapping[str, Sequence[float]], x: str) -> str:
             mean = sum(values) / len(values)
             axes.scatter(values, [place] * len(values), color=COLOURS["distilled"], alpha=0.6, zorder=2)
             axes.scatter([mean], [place], color=COLOURS["teacher"], marker="|", s=300, zorder=3)
-            axes.annotate(f"{mean:.3f}", (mean, place), xytext=(0, 9), textcoords="offset points", ha="center")
+            axes.annotate(
+                f"{mean:.3f}", (mean, place), xytext=(0, 9), textcoords="offset points", ha="center"
+            )
         axes.set_yticks(range(len(groups)), groups.keys())
         axes.set_ylim(len(groups) - 0.5, -0.7)
         axes.set_xlabel(x)

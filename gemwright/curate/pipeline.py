@@ -219,14 +219,10 @@ def _run(
         if against:
             index = resume / "against.npz"
             Index.build(item for path in against for item in read_benchmarks(path)).save(index)
-        ledgers = resume / "ledgers"
-        rejects = functools.partial(steps.Rejects, home, ledgers)
-        tasks = _tasks(units)
-        reader = steps.Read(tasks, stage.documents, config.read, rejects("read"))
-        checks = [steps.Check(name, check, rejects(name)) for name, check in stage.checks(index)]
-        keep = steps.Keep(home / stage.kept, resume / "tally")
-        names = _go_through(config, reader, checks, keep, resume, rejects, len(tasks), executor)
-        tally = Tally.add_up(names, ledgers, resume / "tally")
+        tally = sift(
+            home, _tasks(units), functools.partial(stage.documents, config=config.read), stage.checks(index),
+            stage.kept, exact=config.exact_duplicates, near=config.near_duplicates, executor=executor,
+        )  # fmt: skip
         stage.finish(home, tally)
         write_report(stage.name, home, tally, config.near_duplicates)
         return {"documents": tally.documents, "kept": tally.total_kept, "dropped": tally.dropped_by_reason}
@@ -241,49 +237,60 @@ def _run(
     return card
 
 
-def _go_through(
-    config: FilterConfig,
-    reader: PipelineStep,
-    checks: Sequence[steps.Check],
-    keep: steps.Keep,
-    resume: Path,
-    rejects: Callable[..., steps.Rejects],
-    tasks: int,
-    executor: ExecutorConfig,
-) -> list[str]:
-    """Run every pipeline of a stage; returns the names of the steps in the order in which documents met them.
+def sift(
+    home: Path,
+    tasks: Sequence[Sequence[Any]],
+    documents: Callable[[Any], Iterator[Document]],
+    checks: Checks,
+    kept: str,
+    *,
+    exact: bool,
+    near: NearConfig | None,
+    executor: ExecutorConfig = LOCAL,
+) -> Tally:
+    """Read, check and deduplicate inside a stage's work: what is kept, what is set aside, and the count of both.
 
     A pipeline's last step either keeps documents, or leaves them with signatures to the next pipeline.
-    """
 
-    def go(name: str, pipeline: Sequence[PipelineStep], number: int = tasks) -> None:
+    Args:
+        home: the stage's folder, resolved. In its `resume/` finished tasks leave their markers, so a stage
+            that was killed has to come with the same tasks again; rejects go to its `rejects/`.
+        tasks, documents: as `steps.Read` takes them.
+        checks: what a document goes through, in order.
+        kept: the folder inside `home` for what is left, a file a task.
+        exact: whether to keep one of equal documents.
+        near: what of nearly equal ones; None keeps all.
+    """
+    resume, ledgers, number = home / RESUME, home / RESUME / "ledgers", len(tasks)
+    rejects = functools.partial(steps.Rejects, home, ledgers)
+
+    def go(name: str, pipeline: Sequence[PipelineStep], number: int = number) -> None:
         execute(pipeline, number, resume / "tasks" / name, executor, name)
 
-    pipeline, names = [reader], ["read"]
-    if config.exact_duplicates:
-        exact, read = resume / "exact", resume / "read"
+    pipeline: list[PipelineStep] = [steps.Read(tasks, documents, rejects("read"))]
+    names = ["read"]
+    if exact:
+        found, read = resume / "exact", resume / "read"
         # The finder merges sorted files one entry after the other, so large corpora get several of them.
-        finders = max(1, tasks // _TASKS)
-        go("read", [*pipeline, steps.writer(read), dedup.ExactSignature(exact / "signatures", finders)])
-        go("find-exact", [dedup.find_exact(exact / "signatures", exact / "removals")], finders)
-        dropper = dedup.drop_exact(exact / "removals", rejects("exact", "exact_duplicate"))
+        finders = max(1, number // _TASKS)
+        go("read", [*pipeline, steps.writer(read), dedup.ExactSignature(found / "signatures", finders)])
+        go("find-exact", [dedup.find_exact(found / "signatures", found / "removals")], finders)
+        dropper = dedup.drop_exact(found / "removals", rejects("exact", "exact_duplicate"))
         pipeline, names = [steps.Documents(read), dropper], ["read", "exact"]
-    pipeline += checks
-    names += [check.name for check in checks]
-    if (config_near := config.near_duplicates) is not None:
-        near, filtered = resume / "near", resume / "filtered"
-        go(
-            "filter",
-            [*pipeline, steps.writer(filtered), dedup.near_signature(near / "signatures", config_near)],
-        )
-        finder = dedup.find_near(near / "signatures", near / "pairs", config_near)
-        go("find-near", [finder], config_near.buckets)
-        go("cluster", [dedup.cluster_near(near / "pairs", near / "removals", config_near)], 1)
-        dropper = dedup.drop_near(near / "removals", rejects("near", "near_duplicate"))
+    for name, check in checks:
+        pipeline.append(steps.Check(name, check, rejects(name)))
+        names.append(name)
+    if near is not None:
+        found, filtered = resume / "near", resume / "filtered"
+        signatures = dedup.near_signature(found / "signatures", near)
+        go("filter", [*pipeline, steps.writer(filtered), signatures])
+        go("find-near", [dedup.find_near(found / "signatures", found / "pairs", near)], near.buckets)
+        go("cluster", [dedup.cluster_near(found / "pairs", found / "removals", near)], 1)
+        dropper = dedup.drop_near(found / "removals", rejects("near", "near_duplicate"))
         pipeline = [steps.Documents(filtered), dropper]
         names.append("near")
-    go("keep", [*pipeline, keep])
-    return names
+    go("keep", [*pipeline, steps.Keep(home / kept, resume / "tally")])
+    return Tally.add_up(names, ledgers, resume / "tally")
 
 
 def _tasks(units: Sequence[Unit]) -> list[list[Unit]]:

@@ -82,9 +82,9 @@ def write_report(stage: str, folder: Path, tally: Tally, near: NearConfig | None
     """Write the page and its numbers into a stage's folder; returns the page's path."""
     total = max(1, tally.documents)
     kept = [tally.kept[source] for source in sorted(tally.kept)]
-    lengths, languages, redacted = (
+    lengths, languages, redacted, tags = (
         sum((getattr(one, field) for one in kept), Counter())
-        for field in ("lengths", "languages", "redacted")
+        for field in ("lengths", "languages", "redacted", "tags")
     )
     data: dict[str, Any] = {
         "documents": tally.documents,
@@ -102,7 +102,7 @@ def write_report(stage: str, folder: Path, tally: Tally, near: NearConfig | None
         "languages": dict(languages.most_common()),
         "redacted": dict(redacted.most_common()),
         "examples": tally.examples,
-    }  # fmt: skip
+    } | ({"tags": dict(tags.most_common())} if tags else {})  # fmt: skip
     page = Report(f"{stage}: what was kept, and why the rest was not", data)
     page.text(
         f"{tally.total_kept:,} of {tally.documents:,} documents were kept ({tally.total_kept / total:.1%}), "
@@ -140,10 +140,14 @@ def write_report(stage: str, folder: Path, tally: Tally, near: NearConfig | None
     page.bars(
         [f"{2**p:,} to {2 ** (p + 1) - 1:,}" for p in powers], [lengths[p] for p in powers], x="documents"
     )
-    page.heading("Languages")
-    page.text("As identified; source code is given one too.", note=True)
-    shown = languages.most_common(_LANGUAGES)
-    page.bars([code for code, _ in shown], [count for _, count in shown], x="documents")
+    if languages:
+        page.heading("Languages")
+        page.text("As identified; source code is given one too.", note=True)
+        shown = languages.most_common(_LANGUAGES)
+        page.bars([code for code, _ in shown], [count for _, count in shown], x="documents")
+    if tags:
+        page.heading("Tags")
+        page.bars(list(tags), list(tags.values()), x="documents")
     if redacted:
         page.heading("Personal information replaced")
         page.table(["kind", "pieces"], [[kind, f"{count:,}"] for kind, count in redacted.most_common()])

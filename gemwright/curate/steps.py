@@ -8,7 +8,7 @@ task writes both when it ends and anew if it is run again, so that nothing is ev
 import functools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from gemwright.run import write_json
 
 REASON = "filter_reason"  # where datatrove's filters leave it in a document's metadata
 TURN = "\n\x1e\n"
-"""Between the turns of a prompt while it is one text: ASCII's record separator, which no filter looks at."""
+"""Between the turns of a chat while it is one text: ASCII's record separator, which no filter looks at."""
 EXAMPLES = 3
 """Of each reason, from each task."""
 _EXCERPT = 200  # characters
@@ -74,29 +74,29 @@ class Rejects:
 
 
 class Read(PipelineStep):
-    """Raw files -> documents. What cannot be read is set aside.
+    """The first step: what there is -> documents. What cannot be read is set aside.
 
     Args:
-        documents: the documents of a unit, `texts` or `prompts`; of a problem one with its reason.
+        tasks: the units that each task reads: of raw files, or whatever `documents` takes.
+        documents: the documents of a unit, as `texts` and `prompts` give them; of a problem one with its reason.
     """
 
     type, name = "READER", "read"
 
     def __init__(
         self,
-        tasks: Sequence[Sequence[Unit]],
-        documents: Callable[[Unit, ReadConfig], Iterator[Document]],
-        config: ReadConfig,
+        tasks: Sequence[Sequence[Any]],
+        documents: Callable[[Any], Iterator[Document]],
         rejects: Rejects,
     ) -> None:
         super().__init__()
-        self.tasks, self.documents, self.config, self.rejects = tasks, documents, config, rejects
+        self.tasks, self.documents, self.rejects = tasks, documents, rejects
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yield the documents of this task's units."""
         with self.rejects as rejects:
             for unit in self.tasks[rank]:
-                for document in self.documents(unit, self.config):
+                for document in self.documents(unit):
                     if REASON in document.metadata:
                         rejects.write(document, rank)
                     else:
@@ -125,12 +125,17 @@ def prompts(unit: Unit, config: ReadConfig) -> Iterator[Document]:
                 raise NotAChat(row.problem)
             for prompt in prompts_of(row.record):
                 log = dict(flagged=prompt.flagged, redacted=prompt.redacted, language=prompt.language)
-                text = TURN.join(turn.replace("\x1e", " ") for turn in prompt.turns)
+                text = joined(prompt.turns)
                 id = prompt.id or f"{unit.source}/{row.file}:{row.line}"
                 yield Document(text, id, metadata={**about, "log": log})
         except NotAChat as reason:
             about |= {"line": row.line, REASON: str(reason)}
             yield Document("", f"{unit.source}/{row.file}:{row.line}", metadata=about)
+
+
+def joined(turns: Iterable[str]) -> str:
+    """The turns of a chat as one text, which `text.split(TURN)` takes apart again."""
+    return TURN.join(turn.replace("\x1e", " ") for turn in turns)
 
 
 class Documents(PipelineStep):
@@ -193,8 +198,11 @@ class Kept:
     lengths: Counter[int] = field(default_factory=Counter)
     """Documents by the power of two of their length in characters: 10 holds 1,024 to 2,047."""
     languages: Counter[str] = field(default_factory=Counter)
+    """Of the documents that were looked at for it."""
     redacted: Counter[str] = field(default_factory=Counter)
     """Pieces of personal information replaced, by kind."""
+    tags: Counter[str] = field(default_factory=Counter)
+    """Documents by what they were marked with."""
     sizes: dict[Level, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     """Characters by level and bucket, for the splits (`data.curated`)."""
 
@@ -205,6 +213,7 @@ class Kept:
         self.lengths.update({int(power): count for power, count in other["lengths"].items()})
         self.languages.update(other["languages"])
         self.redacted.update(other["redacted"])
+        self.tags.update(other["tags"])
         for level, buckets in other["sizes"].items():
             self.sizes[level].update({int(bucket): size for bucket, size in buckets.items()})
 
@@ -214,8 +223,10 @@ class Kept:
         self.documents += 1
         self.characters += length
         self.lengths[int(math.log2(max(1, length)))] += 1
-        self.languages[about.get("language", "und")] += 1
+        if "language" in about:
+            self.languages[about["language"]] += 1
         self.redacted.update(about.get("redacted", {}))
+        self.tags.update(about.get("tags", ()))
         for level, bucket in buckets_of(about["file"], document.id).items():
             self.sizes[level][bucket] += length
 

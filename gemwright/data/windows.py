@@ -181,11 +181,15 @@ class Windows:
         rows = [self.shards.read(self.split, start, start + self.seq_len + 1) for start in starts]
         return torch.from_numpy(np.stack(rows))
 
-    def all(self, batch_size: int) -> Iterator[Int[Tensor, "B {self.seq_len+1}"]]:
-        """Every window that is kept, once, in the order of the text; the last batch may be short."""
+    def all(self, batch_size: int) -> Iterator[tuple[Int[Tensor, "B T1"], Float[Tensor, "B T"]]]:
+        """Every window that is kept, once, with the weights of its targets, in the order of the text.
+
+        The last batch may be short.
+        """
         index = self.in_order()
         for start in range(0, self._kept, batch_size):
-            yield self.take(index[start : start + batch_size])
+            rows = self.take(index[start : start + batch_size])
+            yield rows, target_weights(rows)
 
     def _chosen(self, index: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
         """From a window's number among those kept to its number in the split."""

@@ -1,4 +1,6 @@
-"""The labelling stage: a teacher reads shards once and leaves its distribution for every position on disk.
+"""The labelling stage: a teacher reads text once and leaves its distribution for every position on disk.
+
+The text is shards, or conversations, which are labelled in the rows that `sft` packs them into.
 
 Many students can then be trained from it, each at the cost of plain next-token training. The default is M
 draws a position: unbiased, where the largest probabilities alone are not (arXiv 2503.16870). Drawing one from
@@ -19,8 +21,9 @@ import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from gemwright.config import Config
+from gemwright.data.conversations import ANSWERS, Conversations, ConversationsConfig
 from gemwright.data.shards import Shards
-from gemwright.data.windows import Windows
+from gemwright.data.windows import Rows, Windows
 from gemwright.device import Ranks, keep_freed_memory, pick_device, process_group
 from gemwright.distill.pretrain import tokenizer_of
 from gemwright.model import checkpoint
@@ -56,6 +59,8 @@ class LabelConfig(Config):
     """A file is the unit that a killed run loses and that ranks share out."""
     compile: bool = True
     """Compile the teacher's layers where that is possible."""
+    conversations: ConversationsConfig = ConversationsConfig()
+    """How conversations are read; shards have none."""
     seed: int = 0
     """Of the draws."""
 
@@ -63,17 +68,26 @@ class LabelConfig(Config):
 def run(config: LabelConfig, out: Path, teacher: Path, shards: Path, *, fresh: bool = False) -> Card | None:
     """Label the training split of `shards` with `teacher` into `out`. Killed, it goes on.
 
+    Args:
+        shards: a folder of them; or conversations, a .jsonl file or a folder of `gemwright answer`.
     Returns the card; None on all but the first rank of a torchrun.
     Raises:
-        FileNotFoundError: no teacher or shards there.
-        ValueError: another tokenizer, or `out` holds other work.
+        FileNotFoundError: no teacher, shards or conversations there.
+        ValueError: another tokenizer, malformed conversations, or `out` holds other work.
         OSError: the disk is full; what is finished stays.
     """
-    data = Shards.open(shards)
-    tokenizer = tokenizer_of(shards)
-    require_same_tokenizer(teacher, tokenizer)
+    chats = shards.suffix == ".jsonl" or (shards / ANSWERS).exists()
+    tokenizer = Tokenizer.load(teacher) if chats else tokenizer_of(shards)
+    if not chats:
+        require_same_tokenizer(teacher, tokenizer)
     _require_fitting(config, checkpoint.load_config(teacher), tokenizer, teacher)
-    windows = Windows(data, SPLIT, config.seq_len, max_tokens=config.max_tokens)
+    windows: Rows
+    if chats:
+        if config.max_tokens is not None:
+            raise ValueError("conversations are labelled whole. Leave max_tokens out.")
+        windows = Conversations.read(shards, tokenizer, config.seq_len, config.conversations)
+    else:
+        windows = Windows(Shards.open(shards), SPLIT, config.seq_len, max_tokens=config.max_tokens)
 
     with process_group() as ranks:
 
@@ -88,6 +102,8 @@ def run(config: LabelConfig, out: Path, teacher: Path, shards: Path, *, fresh: b
         if ranks.rank == 0:
             inputs = {"teacher": teacher, "shards": shards}
             next_step = f"gemwright distill --targets {out} --out out/student"
+            if chats:
+                next_step = f"gemwright sft my_model {shards} --targets {out} --out out/sft"
             card = run_stage(store.STAGE, config, out, work, inputs=inputs, fresh=fresh, next_step=next_step)
             ranks.first_says("done")
             return card
@@ -99,7 +115,7 @@ def run(config: LabelConfig, out: Path, teacher: Path, shards: Path, *, fresh: b
 
 
 def _label(
-    config: LabelConfig, out: Path, teacher: Path, tokenizer: Tokenizer, windows: Windows, ranks: Ranks
+    config: LabelConfig, out: Path, teacher: Path, tokenizer: Tokenizer, windows: Rows, ranks: Ranks
 ) -> None:
     """Write this rank's share of the files, those that are there already excepted."""
     todo: list[tuple[Path, np.ndarray]] = []
@@ -120,7 +136,7 @@ def _label(
 
 
 def _windows(
-    config: LabelConfig, teacher: Teacher, tokenizer: Tokenizer, windows: Windows, numbers: np.ndarray,
+    config: LabelConfig, teacher: Teacher, tokenizer: Tokenizer, windows: Rows, numbers: np.ndarray,
     advance: Callable[..., None],
 ) -> Iterator[store.Window]:  # fmt: skip
     """The targets of some windows, a batch at a time."""
@@ -143,7 +159,7 @@ def _windows(
         advance(len(few) * config.seq_len)
 
 
-def _files(config: LabelConfig, out: Path, windows: Windows) -> list[tuple[Path, np.ndarray]]:
+def _files(config: LabelConfig, out: Path, windows: Rows) -> list[tuple[Path, np.ndarray]]:
     """Every file's path, and the numbers of its windows."""
     numbers, size = windows.in_order(), config.windows_per_file
     return [
@@ -153,18 +169,22 @@ def _files(config: LabelConfig, out: Path, windows: Windows) -> list[tuple[Path,
 
 
 def _manifest(
-    config: LabelConfig, out: Path, teacher: Path, shards: Path, tokenizer: Tokenizer, windows: Windows
+    config: LabelConfig, out: Path, teacher: Path, shards: Path, tokenizer: Tokenizer, windows: Rows
 ) -> Manifest:
     files = tuple(store.read_entry(path) for path, _ in _files(config, out, windows))
+    sha256 = windows.sha256 if isinstance(windows, Conversations) else fingerprint(shards)
     split = TargetSplit(
-        total=windows.total, max_tokens=windows.max_tokens, subset_seed=windows.subset_seed, files=files
+        total=windows.total,
+        max_tokens=config.max_tokens,
+        subset_seed=windows.subset_seed if isinstance(windows, Windows) else 0,
+        files=files,
     )
     where = os.path.relpath(shards.resolve(), out.resolve().parent)
     return Manifest(
         format=store.FORMAT, kind=config.kind, samples=config.samples, temperature=config.temperature,
         seed=config.seed, vocab_size=tokenizer.vocab_size, seq_len=config.seq_len,
         teacher_sha256=fingerprint(teacher), tokenizer_sha256=tokenizer.sha256,
-        shards=UsedShards(path=where, sha256=fingerprint(shards)), splits={SPLIT: split},
+        shards=UsedShards(path=where, sha256=sha256), splits={SPLIT: split},
     )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gemwright.data.windows import Windows, target_weights
+from gemwright.data.conversations import Conversations
+from gemwright.data.windows import Windows
 from gemwright.evaluate.task import Task
 from gemwright.losses import dense
 from gemwright.model import head
@@ -14,15 +15,15 @@ from gemwright.tokenizer.tokenizer import SPECIAL, Tokenizer
 
 
 @torch.no_grad()
-def nats_per_token(model: Gemma, windows: Windows, batch_size: int = 16) -> float:
-    """Mean of -log P(next token) over every real target of the windows; its exponential is the perplexity."""
+def nats_per_token(model: Gemma, windows: Windows | Conversations, batch_size: int = 16) -> float:
+    """Mean of -log P(next token) over every target that counts; its exponential is the perplexity."""
     device = model.device
     total, count = 0.0, 0.0
     # Layers compiled for training run eagerly here: compiling them again, without gradients, would cost more.
     with torch.compiler.set_stance("eager_on_recompile"):
-        for rows in windows.all(batch_size):
-            rows = rows.to(device)
-            ids, weights = rows[:, :-1].contiguous(), target_weights(rows)
+        for rows, weights in windows.all(batch_size):
+            rows, weights = rows.to(device), weights.to(device)
+            ids = rows[:, :-1].contiguous()
             total += float(
                 dense.cross_entropy(
                     model.hidden(ids, packed(ids, SPECIAL["<bos>"])).flatten(0, 1), model.unembedding,

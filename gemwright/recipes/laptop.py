@@ -113,14 +113,14 @@ def evaluation() -> EvaluationConfig:
 
 
 def run(root: Path, corpus: Path | None = None, *, fresh: bool = False) -> Path:
-    """Go through the recipe in `root` and write the report. Returns the page's path; errors as `pretrained`."""
+    """Go through the recipe in `root` and write the report. Returns its path; errors as `pretrained`."""
     from gemwright.recipes.laptop_report import write
 
     page = write(root, *pretrained(root, corpus, fresh=fresh))
     say(
         f"the report is {page}. "
-        f'Next: gemwright generate {root / "distilled"} "def __init__(self" --max-tokens 40; or go on to a chat '
-        "model: gemwright run laptop --full"
+        f'Next: gemwright generate {root / "distilled"} "def __init__(self" --max-tokens 40; or go on to '
+        "a chat model: gemwright run laptop --full"
     )
     return page
 

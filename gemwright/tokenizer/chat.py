@@ -24,6 +24,7 @@ learn to. Programs that want a template get ours: `gemwright.tokenizer.template`
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from gemwright.tokenizer.tokenizer import CONTROL, Tokenizer, require_utf8
 
@@ -76,6 +77,18 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[object]) -> tup
         ids += part
         mask += [role == "model"] * len(part)
     return [*ids, tokenizer.eos_id], [*mask, True]
+
+
+def fold_system(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation without its system message, whose text begins the first turn of the user instead.
+
+    What is no such conversation stays as it is, for who reads it next to say so.
+    """
+    match messages:
+        case [{"role": "system", "content": str(system)}, {"role": "user", "content": str(turn)}, *others]:
+            folded = {**messages[1], "content": f"{system}\n\n{turn}" if system.strip() else turn}
+            return [folded, *(dict(other) for other in others)]
+    return [dict(message) for message in messages]
 
 
 def _opened(tokenizer: Tokenizer, turns: list[tuple[str, str]]) -> list[int]:

@@ -14,7 +14,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from gemwright.config import Config
-from gemwright.data.windows import Windows
+from gemwright.data.windows import Rows, Windows
 from gemwright.losses import dense, sparse
 from gemwright.model import checkpoint
 from gemwright.model.gemma import Gemma
@@ -79,8 +79,8 @@ class Teacher:
 class StoredTeacher:
     """What a teacher said about the windows of the training split, read from disk."""
 
-    def __init__(self, targets: Targets, windows: Windows, objective: ObjectiveConfig = REPORT) -> None:
-        """Find every window's targets.
+    def __init__(self, targets: Targets, windows: Rows, objective: ObjectiveConfig = REPORT) -> None:
+        """Find every row's targets.
 
         Raises:
             ValueError: packed otherwise than what was labelled, windows that were not, or an objective that
@@ -102,6 +102,7 @@ class StoredTeacher:
             )
         self._labelled: np.ndarray | None = None  # all of them: a window's number is its place
         if split.max_tokens is not None:
+            assert isinstance(windows, Windows), "conversations are labelled whole"
             subset = Windows(
                 windows.shards, windows.split, windows.seq_len, max_tokens=split.max_tokens,
                 subset_seed=split.subset_seed,
@@ -137,23 +138,24 @@ class StoredTeacher:
         )  # fmt: skip
 
 
-def require_same_tokenizer(teacher: Path, tokenizer: Tokenizer) -> None:
-    """Raise ValueError for a teacher whose ids do not mean the shards' pieces; it says which differ."""
+def require_same_tokenizer(
+    teacher: Path, tokenizer: Tokenizer, owner: str = "the shards",
+    remedy: str = "Make shards with the teacher's tokenizer.",
+) -> None:  # fmt: skip
+    """Raise ValueError for a teacher whose ids do not mean the pieces of `tokenizer`; it says which."""
     theirs = Tokenizer.load(teacher)
     if theirs.sha256 == tokenizer.sha256:
         return
     few, many = sorted((theirs.vocab_size, tokenizer.vocab_size))
     differ = [id for id in range(few) if theirs.piece(id) != tokenizer.piece(id)]
-    told = [
-        f"id {i} is {theirs.piece(i)!r} to it and {tokenizer.piece(i)!r} in the shards" for i in differ[:3]
-    ]
+    told = [f"id {i} is {theirs.piece(i)!r} to it and {tokenizer.piece(i)!r} to {owner}" for i in differ[:3]]
     if many > few:
-        told.append(f"it has {theirs.vocab_size:,} pieces and the shards {tokenizer.vocab_size:,}")
+        told.append(f"it has {theirs.vocab_size:,} pieces and {owner} {tokenizer.vocab_size:,}")
     if not told:
         told.append("the pieces are the same, but text is cut into them by other rules or scores")
     raise ValueError(
-        f"the teacher {teacher} has another tokenizer than the shards ({len(differ):,} of {few:,} ids): "
-        f"{'; '.join(told)}. Make shards with the teacher's tokenizer."
+        f"the teacher {teacher} has another tokenizer than {owner} ({len(differ):,} of {few:,} ids): "
+        f"{'; '.join(told)}. {remedy}"
     )
 
 

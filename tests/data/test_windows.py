@@ -17,7 +17,7 @@ def whole_split(shards: Shards, split: Split) -> torch.Tensor:
 
 def test_windows_cover_the_text_in_order(shards_folder: Path) -> None:
     shards = Shards.open(shards_folder)
-    rows = torch.cat(list(Windows(shards, "train", 64).all(batch_size=7)))
+    rows = torch.cat([rows for rows, _ in Windows(shards, "train", 64).all(batch_size=7)])
     whole = whole_split(shards, "train")
     assert rows.dtype == torch.int64
     assert torch.equal(rows[:, :-1].flatten(), whole[: len(rows) * 64])
@@ -32,7 +32,7 @@ def epoch_of(windows: Windows, epoch: int) -> list[tuple[int, ...]]:
 
 def test_each_epoch_is_a_new_permutation_of_every_window(shards_folder: Path) -> None:
     windows = Windows(Shards.open(shards_folder), "held_out", 32, seed=3)
-    in_order = [tuple(row.tolist()) for row in torch.cat(list(windows.all(8)))]
+    in_order = [tuple(row.tolist()) for row in torch.cat([rows for rows, _ in windows.all(8)])]
     first, second = epoch_of(windows, 0), epoch_of(windows, 1)
     assert sorted(first) == sorted(second) == sorted(in_order)
     assert first != second
@@ -89,7 +89,7 @@ def test_every_window_comes_equally_often_in_every_place() -> None:
 
 
 def rows_of(windows: Windows) -> set[tuple[int, ...]]:
-    return {tuple(row.tolist()) for batch in windows.all(16) for row in batch}
+    return {tuple(row.tolist()) for batch, _ in windows.all(16) for row in batch}
 
 
 def test_runs_with_other_seeds_see_the_same_tokens_under_max_tokens(shards_folder: Path) -> None:
@@ -119,7 +119,7 @@ def test_the_windows_in_order_are_those_of_every_epoch(shards_folder: Path, max_
     numbers, size = windows.in_order(), len(windows)
     assert np.array_equal(numbers, np.unique(numbers)), "ascending, none twice"
     assert len(numbers) == size <= windows.total
-    assert torch.equal(windows.take(numbers), torch.cat(list(windows.all(16))))
+    assert torch.equal(windows.take(numbers), torch.cat([rows for rows, _ in windows.all(16)]))
     for epoch in (0, 1):
         seen = windows.numbers(epoch, size)
         assert np.array_equal(np.sort(seen), numbers)

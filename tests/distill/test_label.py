@@ -425,7 +425,7 @@ def test_a_teacher_with_other_pieces_is_refused_and_the_ids_that_differ_are_name
     first = next(id for id in range(690) if ours.piece(id) != other.piece(id))
     with pytest.raises(ValueError, match="another tokenizer than the shards") as caught:
         run(CONFIG, tmp_path / "out", tmp_path / "teacher", shards_folder)
-    told = f"id {first} is {other.piece(first)!r} to it and {ours.piece(first)!r} in the shards"
+    told = f"id {first} is {other.piece(first)!r} to it and {ours.piece(first)!r} to the shards"
     assert told in str(caught.value)
     assert "it has 690 pieces and the shards 700. Make shards with the teacher's" in str(caught.value)
     assert not (tmp_path / "out").exists()

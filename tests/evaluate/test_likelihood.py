@@ -65,7 +65,7 @@ def planted(tokenizer: Tokenizer) -> tuple[dict[int, int], Task]:
 def test_nats_a_token_are_the_mean_cross_entropy_of_real_targets(model: Gemma, windows: Windows):
     total, count = 0.0, 0.0
     with torch.no_grad():
-        for rows in windows.all(3):
+        for rows, _ in windows.all(3):
             logits = model(rows[:, :-1].contiguous(), packed(rows[:, :-1].contiguous(), 2)).double()
             nats = -logits.log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
             weights = target_weights(rows)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from gemwright.cli import options
-from gemwright.cli.options import Fresh, Json, Out, Quantised, Set, tell
+from gemwright.cli.options import Fresh, Json, Out, Set, tell
 
 Teacher = Annotated[
     Path | None,
@@ -90,9 +90,7 @@ def sft(
     model: Annotated[Path, typer.Argument(help="Folder of the checkpoint to begin with.")],
     answers: Annotated[
         Path,
-        typer.Argument(
-            help="A folder of `gemwright answer`, or a .jsonl file with `messages` a line, in any chat format."
-        ),
+        typer.Argument(help="A folder of `gemwright answer`, or a .jsonl file with `messages` a line."),
     ],
     out: Out,
     teacher: Teacher = None,
