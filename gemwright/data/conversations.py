@@ -206,6 +206,7 @@ def _examples(
                 first = first or f"{file}, line {number}: {error}"
                 continue
             if is_held_back(messages[0]["content"]) != (split == "validation"):
+                counts["other_split"] += 1
                 continue
             kept = messages
             while len(ids) > seq_len + 1 and len(kept) > 2:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemwright.tokenizer import template
-from gemwright.tokenizer.chat import encode_conversation, encode_prompt, next_turn
+from gemwright.tokenizer.chat import encode_conversation, encode_prompt, fold_system, next_turn
 from gemwright.tokenizer.tokenizer import CONTROL, Tokenizer
 
 TABLE_5 = [
@@ -190,3 +190,30 @@ def test_the_template_is_plain_jinja() -> None:
     for trim in (False, True):  # transformers trims the lines of blocks
         made = jinja2.Environment(trim_blocks=trim, lstrip_blocks=trim).from_string(template.TEMPLATE)
         assert made.render(messages=TABLE_5[:1], bos_token="<bos>", add_generation_prompt=True) == PROMPT
+
+
+USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "model", "content": "Yes?"}
+
+
+def test_a_system_message_can_be_folded_into_the_first_turn():
+    said = [{"role": "system", "content": "Be kind."}, USER, MODEL]
+    assert fold_system(said) == [{"role": "user", "content": "Be kind.\n\nHi"}, MODEL]
+    assert said[1] == USER
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [USER, MODEL],
+        [USER, {"role": "system", "content": "late"}],
+        [{"role": "system", "content": "alone"}],
+        [{"role": "system", "content": 1}, USER],
+        [],
+    ],
+)
+def test_what_has_no_system_message_at_its_head_stays_as_it_is(said: list[dict[str, Any]]):
+    assert fold_system(said) == said
+
+
+def test_an_empty_system_message_leaves_no_blank_lines():
+    assert fold_system([{"role": "system", "content": " \n"}, USER, MODEL]) == [USER, MODEL]
