@@ -220,7 +220,7 @@ def _examples(
     if counts["malformed"] and config.malformed == "refuse":
         raise ValueError(
             f"{counts['malformed']:,} of {lines:,} conversations are malformed. The first: {first} Correct "
-            "them, or leave them out with --set conversations.malformed='\"skip\"'."
+            "them, or leave them out with --set conversations.malformed=skip."
         )
 
 

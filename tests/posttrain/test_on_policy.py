@@ -264,3 +264,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 def test_the_defaults_are_gkds():
     config = OnPolicyConfig(train=TrainConfig(steps=1, batch_size=1, seq_len=8, optim=OptimConfig()))
     assert (config.on_policy, config.objective.beta, config.sampling.temperature) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_compiled_layers_write_and_learn_what_eager_ones_do(
+    student: Path, teacher_folder: Path, prompts: Path, tmp_path: Path
+):
+    config = CONFIG.but(**{"train.steps": 2, "train.validate_every": 2, "train.optim.eps": 1e-3})
+    run(config, tmp_path / "eager", student, teacher_folder, prompts)
+    run(config.but(**{"train.compile": True}), tmp_path / "compiled", student, teacher_folder, prompts)
+    one, other = (read_metrics(tmp_path / name) for name in ("eager", "compiled"))
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in other], abs=1e-3)

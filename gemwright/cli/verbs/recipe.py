@@ -24,22 +24,26 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for everything; runs/RECIPE by default.")
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Go on where the demo ends, to a chat model; in runs/RECIPE-full.")
+    ] = False,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Go through a recipe, stage by stage; what is finished is skipped, what was killed goes on.
 
     `laptop` trains a tokenizer, a teacher, and twice over a student distilled from it and its twin from
-    scratch, on two CPU cores in under ten minutes, and writes report.html with the comparison.
+    scratch, on two CPU cores in under ten minutes, and writes report.html with the comparison. With --full
+    the teacher then learns to answer, and the student from its answers and from its own: some twenty minutes.
 
     Example: gemwright run laptop
     """
     import json
 
-    from gemwright.recipes import laptop
+    from gemwright.recipes import laptop, laptop_full
 
-    root = out or Path("runs") / recipe
-    page = laptop.run(root, corpus, fresh=fresh)
+    root = out or Path("runs") / (f"{recipe}-full" if full else recipe)
+    page = (laptop_full if full else laptop).run(root, corpus, fresh=fresh)
     data = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     tell(as_json, {"report": str(page), **data}, f"{data['table']}\n\n{page}")
 
