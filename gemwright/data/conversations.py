@@ -200,13 +200,13 @@ def _examples(
             lines += 1
             try:
                 messages, weight = _parse(line, config)
+                if _split(messages) != split:
+                    counts["held_back"] += split == "train"
+                    continue
                 ids, mask = encode_conversation(tokenizer, messages)
             except ValueError as error:
                 counts["malformed"] += 1
                 first = first or f"{file}, line {number}: {error}"
-                continue
-            if is_held_back(messages[0]["content"]) != (split == "validation"):
-                counts["other_split"] += 1
                 continue
             kept = messages
             while len(ids) > seq_len + 1 and len(kept) > 2:
@@ -222,6 +222,11 @@ def _examples(
             f"{counts['malformed']:,} of {lines:,} conversations are malformed. The first: {first} Correct "
             "them, or leave them out with --set conversations.malformed=skip."
         )
+
+
+def _split(messages: list[dict[str, Any]]) -> Split:
+    turn = messages[0].get("content") if messages else None
+    return "validation" if isinstance(turn, str) and is_held_back(turn) else "train"
 
 
 def _parse(line: str, config: ConversationsConfig) -> tuple[list[dict[str, Any]], float]:

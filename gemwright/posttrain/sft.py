@@ -57,6 +57,7 @@ def run(
     model: Path,
     conversations: Path,
     *,
+    epochs: float | None = None,
     teacher: Path | None = None,
     targets: Path | None = None,
     fresh: bool = False,
@@ -64,6 +65,7 @@ def run(
     """Fine-tune the checkpoint `model` and leave one in `out`. Killed, it goes on.
 
     Args:
+        epochs: how often every conversation is seen, at least; in place of `train.steps`.
         conversations: chat jsonl, or a folder of `gemwright answer`. One prompt in fifty is held back to
             validate on.
         teacher: a checkpoint to run along with the student.
@@ -86,6 +88,8 @@ def run(
         )
     read = partial(_read, config, conversations, tokenizer)
     data, held_back = read("train"), read("validation")
+    if epochs is not None:
+        config = config.but(**{"train.steps": math.ceil(epochs * len(data) / config.train.batch_size)})
     stored = None if targets is None else _stored(targets, data, config.objective)
 
     def work(folder: RunFolder) -> dict[str, Any]:
@@ -96,13 +100,6 @@ def run(
     card = run_stage(STAGE, config, out, work, inputs=inputs, fresh=fresh, next_step=f"gemwright chat {out}")
     resume.clear(out)  # after the card, as in pre-training
     return card
-
-
-def steps_of(config: SftConfig, model: Path, conversations: Path, epochs: float) -> int:
-    """Updates that take every conversation so often; errors as `run`."""
-    require_room(model, config.train.seq_len)
-    rows = len(_read(config, conversations, Tokenizer.load(model), "train"))
-    return max(1, math.ceil(epochs * rows / config.train.batch_size))
 
 
 def require_room(model: Path, seq_len: int) -> None:
@@ -124,8 +121,8 @@ def _stored(targets: Path, data: Conversations, objective: ObjectiveConfig) -> S
     if opened.manifest.shards.sha256 != data.sha256:
         raise ValueError(
             f"{targets} has targets for other conversations than {data.path}, or for other rows of them: "
-            f"text, tokenizer, seq_len={opened.manifest.seq_len} and how they are read have to be the same. Label "
-            "them: gemwright label."
+            f"text, tokenizer, seq_len={opened.manifest.seq_len} and how they are read have to be the same. "
+            "Label them: gemwright label."
         )
     return StoredTeacher(opened, data, objective)
 
@@ -154,7 +151,7 @@ def _work(
     tokenizer.save(folder.path)
     return {
         "parameters": cost.parameters(model.config),
-        **data.counts, "held_back": held_back.counts["conversations"],
+        **data.counts,
         "rows": len(data), "fill": round(data.fill, 4),
         "epochs": round(config.train.steps * config.train.batch_size / len(data), 3),
         **before, **last,

@@ -1,7 +1,7 @@
 """Prompts to be answered: what `gemwright prompts` kept, or a file of one's own.
 
 A prompt is the turns of a user, to be answered one after the other. Records may be of any form that
-`reading.chats` knows; answers in them are counted and never read, so that nobody learns from them by accident.
+`reading.chats` knows; answers in them are counted and never read: nobody is to learn from them by accident.
 """
 
 import json
@@ -83,8 +83,8 @@ def read_prompts(path: Path, system: System = "fold") -> Prompts:
         raise ValueError(f"{file}, line {number}: it is no JSON ({error}). Correct or drop it.") from None
     except NotAChat as reason:
         raise ValueError(
-            f"{file}, line {number}: it is no prompt ({reason}). Correct or drop it, or let `gemwright prompts` "
-            "sort the file."
+            f"{file}, line {number}: it is no prompt ({reason}). Correct or drop it, or let `gemwright "
+            "prompts` sort the file."
         ) from None
     except ValueError as error:
         raise ValueError(f"{file}, line {number}: {error}") from None

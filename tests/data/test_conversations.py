@@ -257,6 +257,7 @@ BAD = [
 ]
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize(("record", "told"), BAD, ids=[told for _, told in BAD])
 def test_a_malformed_conversation_is_told_before_anything_is_computed(
     tokenizer: Tokenizer, tmp_path: Path, record: Any, told: str

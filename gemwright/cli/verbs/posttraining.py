@@ -118,15 +118,16 @@ def sft(
     Example: gemwright sft runs/laptop-full/distilled out/answers --out out/sft
     """
     from gemwright.config import parse_settings
-    from gemwright.posttrain.sft import SftConfig, run, steps_of
+    from gemwright.posttrain.sft import SftConfig, run
     from gemwright.train.loop import TrainConfig
 
     length = seq_len or _context(model)
     given = {"steps": steps or 1, "batch_size": batch_size, "seq_len": length, "optim": {"lr": lr}}
     config = SftConfig(train=TrainConfig.parse(given)).but(**parse_settings(settings or []))
-    if steps is None and not any(one.startswith("train.steps=") for one in settings or []):
-        config = config.but(**{"train.steps": steps_of(config, model, answers, epochs)})
-    card = run(config, out, model, answers, teacher=teacher, targets=targets, fresh=fresh)
+    card = run(
+        config, out, model, answers, epochs=None if steps else epochs, teacher=teacher, targets=targets,
+        fresh=fresh,
+    )  # fmt: skip
     found = card.results
     text = f"{out}: {found['epochs']:.2f} epochs of {found['conversations']:,} conversations"
     if found.get("validation") is not None:
