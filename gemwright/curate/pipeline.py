@@ -53,12 +53,8 @@ _MOST_TASKS = 500  # a bucket of MinHash opens one file of each, and systems all
 
 
 class FilterConfig(Config):
-    """What both stages filter by; None turns a filter off."""
+    """What every stage that filters has; None turns a filter off."""
 
-    read: ReadConfig = ReadConfig()
-    """How files become records."""
-    languages: tuple[str, ...] | None = None
-    """Codes of the languages to keep; None keeps all."""
     unsafe: UnsafeConfig | None = UnsafeConfig()
     """Word lists and a score."""
     personal: Literal["redact", "drop"] | None = "redact"
@@ -71,7 +67,16 @@ class FilterConfig(Config):
     """Keep one of nearly equal documents."""
 
 
-class CurateConfig(FilterConfig):
+class SourcesConfig(FilterConfig):
+    """What both stages here read and filter."""
+
+    read: ReadConfig = ReadConfig()
+    """How files become records."""
+    languages: tuple[str, ...] | None = None
+    """Codes of the languages to keep; None keeps all."""
+
+
+class CurateConfig(SourcesConfig):
     """Text to learn from."""
 
     quality: QualityConfig | None = QualityConfig()
@@ -80,7 +85,7 @@ class CurateConfig(FilterConfig):
     """Drop text in which a model speaks of itself."""
 
 
-class PromptsConfig(FilterConfig):
+class PromptsConfig(SourcesConfig):
     """Prompts to be answered by a teacher."""
 
     languages: tuple[str, ...] | None = ("en",)
@@ -91,7 +96,8 @@ class PromptsConfig(FilterConfig):
     """About 4,000 tokens, half of Gemma 2's context, so that an answer has room. Ours."""
 
 
-Checks = Iterator[tuple[str, Callable[[Document], str | None]]]  # in order, each with its step's name
+Checks = Iterator[tuple[str, Callable[[Document], str | None]]]
+"""What a document goes through, in order, each with its step's name."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ class _Stage:
     """In what the two stages differ."""
 
     name: str
-    documents: Callable[[Unit, ReadConfig], Iterator[Document]]
+    documents: Callable[..., Iterator[Document]]
+    """Given a unit, and `config`: how files become records."""
     checks: Callable[[Path | None], Checks]
     """Given where the index of benchmarks lies, if there is one."""
     kept: str
@@ -141,7 +148,7 @@ def curate(
         if config.quality is not None:
             yield "quality", functools.partial(steps.check_quality, config=config.quality)
         if config.personal is not None:
-            yield "personal", _personal(config)
+            yield "personal", personal(config)
 
     def finish(folder: Path, tally: Tally) -> None:
         manifest = CuratedManifest(
@@ -180,7 +187,7 @@ def prompts(
         if index is not None:
             yield "contamination", functools.partial(steps.check_contamination, index=index)
         if config.personal is not None:
-            yield "personal", _personal(config)
+            yield "personal", personal(config)
 
     def finish(folder: Path, tally: Tally) -> None:
         with atomic(folder / PROMPTS) as partial, open(partial, "wb") as file:
@@ -195,14 +202,15 @@ def prompts(
     return _run(stage, config, out, sources, against, executor, fresh)
 
 
-def _personal(config: FilterConfig) -> Callable[[Document], str | None]:
+def personal(config: FilterConfig) -> Callable[[Document], str | None]:
+    """The check that replaces personal information, or drops what holds any."""
     how = {"action": config.personal, "regions": config.phone_regions}
     return functools.partial(steps.check_personal, **how)
 
 
 def _run(
     stage: _Stage,
-    config: FilterConfig,
+    config: SourcesConfig,
     out: Path,
     sources: Sequence[str],
     against: Sequence[Path],
@@ -210,8 +218,7 @@ def _run(
     fresh: bool,
 ) -> Card:
     units = plan(sources)
-    if config.unsafe is not None:
-        Unsafe(config.unsafe)  # a list or score that does not load is told before anything is read
+    words = word_lists(config)
 
     def work(folder: RunFolder) -> dict[str, Any]:
         home = folder.path.resolve()  # a worker on another machine may stand elsewhere
@@ -221,20 +228,26 @@ def _run(
             Index.build(item for path in against for item in read_benchmarks(path)).save(index)
         tally = sift(
             home, _tasks(units), functools.partial(stage.documents, config=config.read), stage.checks(index),
-            stage.kept, exact=config.exact_duplicates, near=config.near_duplicates, executor=executor,
+            stage.kept, config, executor,
         )  # fmt: skip
         stage.finish(home, tally)
         write_report(stage.name, home, tally, config.near_duplicates)
         return {"documents": tally.documents, "kept": tally.total_kept, "dropped": tally.dropped_by_reason}
 
-    words = config.unsafe.words if config.unsafe else ()
-    read = [*against, *map(Path, words)]
     card = run_stage(
-        stage.name, config, out, work, inputs={str(path): path for path in read},
+        stage.name, config, out, work, inputs={str(path): path for path in (*against, *words)},
         facts={"sources": _identity(units)}, fresh=fresh, next_step=stage.next_step,
     )  # fmt: skip
     shutil.rmtree(out / RESUME, ignore_errors=True)  # after the card: until then a kill may want it
     return card
+
+
+def word_lists(config: FilterConfig) -> list[Path]:
+    """The lists of unsafe words that a stage reads; raises if one, or a score, does not load."""
+    if config.unsafe is None:
+        return []
+    Unsafe(config.unsafe)
+    return list(map(Path, config.unsafe.words))
 
 
 def sift(
@@ -243,12 +256,10 @@ def sift(
     documents: Callable[[Any], Iterator[Document]],
     checks: Checks,
     kept: str,
-    *,
-    exact: bool,
-    near: NearConfig | None,
+    config: FilterConfig,
     executor: ExecutorConfig = LOCAL,
 ) -> Tally:
-    """Read, check and deduplicate inside a stage's work: what is kept, what is set aside, and the count of both.
+    """Read, check and deduplicate, inside any stage's work; returns the count of what was kept and dropped.
 
     A pipeline's last step either keeps documents, or leaves them with signatures to the next pipeline.
 
@@ -256,10 +267,8 @@ def sift(
         home: the stage's folder, resolved. In its `resume/` finished tasks leave their markers, so a stage
             that was killed has to come with the same tasks again; rejects go to its `rejects/`.
         tasks, documents: as `steps.Read` takes them.
-        checks: what a document goes through, in order.
         kept: the folder inside `home` for what is left, a file a task.
-        exact: whether to keep one of equal documents.
-        near: what of nearly equal ones; None keeps all.
+        config: of this, which duplicates are removed; the other filters are among the checks.
     """
     resume, ledgers, number = home / RESUME, home / RESUME / "ledgers", len(tasks)
     rejects = functools.partial(steps.Rejects, home, ledgers)
@@ -269,7 +278,7 @@ def sift(
 
     pipeline: list[PipelineStep] = [steps.Read(tasks, documents, rejects("read"))]
     names = ["read"]
-    if exact:
+    if config.exact_duplicates:
         found, read = resume / "exact", resume / "read"
         # The finder merges sorted files one entry after the other, so large corpora get several of them.
         finders = max(1, number // _TASKS)
@@ -280,7 +289,7 @@ def sift(
     for name, check in checks:
         pipeline.append(steps.Check(name, check, rejects(name)))
         names.append(name)
-    if near is not None:
+    if (near := config.near_duplicates) is not None:
         found, filtered = resume / "near", resume / "filtered"
         signatures = dedup.near_signature(found / "signatures", near)
         go("filter", [*pipeline, steps.writer(filtered), signatures])

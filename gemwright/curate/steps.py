@@ -78,7 +78,7 @@ class Read(PipelineStep):
 
     Args:
         tasks: the units that each task reads: of raw files, or whatever `documents` takes.
-        documents: the documents of a unit, as `texts` and `prompts` give them; of a problem one with its reason.
+        documents: the documents of a unit, as `texts` gives them; of a problem one with its reason.
     """
 
     type, name = "READER", "read"

@@ -48,8 +48,9 @@ def answer(
         int, typer.Option("--concurrency", min=1, help="Endpoint: requests at a time.")
     ] = 8,
     api_key_env: Annotated[
-        str, typer.Option("--api-key-env", help="Endpoint: the environment variable that holds the key.")
-    ] = "OPENAI_API_KEY",
+        str | None,
+        typer.Option("--api-key-env", help="Endpoint: the environment variable that holds its key."),
+    ] = None,
     settings: Set = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -69,13 +70,17 @@ def answer(
     sampling: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed,
     }  # fmt: skip
+    # No variable is read unless it is named: a key must not go to whatever URL is given.
+    key = os.environ.get(api_key_env) if api_key_env else None
+    if api_key_env and not key:
+        raise ValueError(f"the environment variable {api_key_env} is not set. Put the endpoint's key there.")
     config = AnswersConfig.parse(
         {"samples": samples, "sampling": Sampling.parse(sampling).to_dict()}
         | {"quantize": quantize.value if quantize else None}
     ).but(**parse_settings(settings or []))
     card = run(
         config, out, teacher, prompts, max_batch=max_batch, concurrency=concurrency, model=name,
-        api_key=os.environ.get(api_key_env), fresh=fresh,
+        api_key=key, fresh=fresh,
     )  # fmt: skip
     found = card.results
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in found["dropped"].items())

@@ -136,7 +136,7 @@ def generate(
 
     how, held = Sampling.parse(sampling), quantize.value if quantize else None
     if prompts is not None and out is not None and prompt is None and draft is None:
-        from gemwright.generate.prompts import PromptsConfig, run
+        from gemwright.answer.prompts import PromptsConfig, run
 
         config = PromptsConfig(sampling=how, chat=as_turn, window=window, quantize=held)
         card = run(config, out, model, prompts, max_batch=max_batch, fresh=fresh)
@@ -147,8 +147,8 @@ def generate(
             "give a PROMPT, or a file of them by --prompts FILE --out FOLDER (there --fresh is known, and no "
             "--draft: a batch has no use for one)."
         )
+    from gemwright.answer.prompts import describe
     from gemwright.generate.language_model import load
-    from gemwright.generate.prompts import describe
 
     loaded = load(model, draft=draft, lookahead=lookahead, window=window, quantize=held)
     start = time.monotonic()

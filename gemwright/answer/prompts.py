@@ -80,7 +80,7 @@ def run(
     def work(stage: RunFolder) -> dict[str, Any]:
         loaded = load(folder, quantize=config.quantize, window=config.window)
         total = _check(prompts, config, loaded)
-        lines = _Lines(stage.path / GENERATIONS)
+        lines = Lines(stage.path / GENERATIONS)
         todo = (job for job in read(prompts, config.chat) if job.line not in lines.done)
         with stage.progress("generating", total, done=len(lines.done)) as advance:
             for job, completion in _answered(loaded, todo, config.sampling, max_batch):
@@ -194,31 +194,39 @@ def _row(job: Job, completion: Completion, model: LanguageModel, logprobs: bool)
     return row
 
 
-class _Lines:
-    """`generations.jsonl`: which prompts are done, what came of them so far, and one line more."""
+class Lines:
+    """A file of what came of prompts, a JSON object a line: which are done, what of them, and one line more.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.done: set[int] = set()
+    It begins with the first line that is written. Opened again after a kill, it loses a line that was torn.
+
+    Args:
+        key: where an object has its prompt's number. They also have `tokens` and `finish`, which are counted.
+    """
+
+    def __init__(self, path: Path, key: str = "line") -> None:
+        self.path, self.key = path, key
+        self.done: dict[int, int] = {}
+        """Where in the file, in bytes, the line of each number begins."""
         self.tokens = 0
         self.finished: Counter[str] = Counter()
-        path.touch()
-        whole = 0
-        with open(path, "rb") as file:
-            for line in file:
-                if line.endswith(b"\n"):  # else a kill tore it
-                    whole += len(line)
-                    self._count(json.loads(line))
-        os.truncate(path, whole)
+        self._size = 0
+        if path.exists():
+            with open(path, "rb") as file:
+                for line in file:
+                    if line.endswith(b"\n"):  # else a kill tore it
+                        self._count(json.loads(line), len(line))
+            os.truncate(path, self._size)
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one line and close the file: a kill tears at most this one."""
-        line = json.dumps(row, ensure_ascii=False) + "\n"
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        self.path.parent.mkdir(exist_ok=True)
         with naming_lack_of_room(self.path), open(self.path, "ab") as file:
-            file.write(line.encode())
-        self._count(row)
+            file.write(line)
+        self._count(row, len(line))
 
-    def _count(self, row: dict[str, Any]) -> None:
-        self.done.add(row["line"])
+    def _count(self, row: dict[str, Any], size: int) -> None:
+        self.done[row[self.key]] = self._size
+        self._size += size
         self.tokens += row["tokens"]
         self.finished[row["finish"]] += 1

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import gemwright
-from gemwright.generate import prompts
+from gemwright.answer import prompts
+from gemwright.answer.prompts import GENERATIONS, PromptsConfig, read, run
 from gemwright.generate.language_model import LanguageModel
-from gemwright.generate.prompts import GENERATIONS, PromptsConfig, read, run
 from gemwright.generate.sampling import Sampling
 from gemwright.generate.scheduler import Scheduler
 from gemwright.run import read_card
@@ -112,7 +112,7 @@ def test_a_killed_run_goes_on_with_what_is_missing_to_the_same_texts(
     run(CONFIG, whole, teacher_folder, texts, max_batch=2)
 
     def kill(after: int) -> Callable[..., Any]:
-        append, count = prompts._Lines.append, iter(range(100))
+        append, count = prompts.Lines.append, iter(range(100))
 
         def appended(lines: Any, row: dict[str, Any]) -> None:
             append(lines, row)
@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on_with_what_is_missing_to_the_same_texts(
         return appended
 
     with monkeypatch.context() as patch:
-        patch.setattr(prompts._Lines, "append", kill(3))
+        patch.setattr(prompts.Lines, "append", kill(3))
         with pytest.raises(KeyboardInterrupt):
             run(CONFIG, killed, teacher_folder, texts, max_batch=2)
     assert len(rows(killed)) == 4
