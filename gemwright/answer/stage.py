@@ -208,6 +208,11 @@ def _work(config: AnswersConfig, folder: RunFolder, prompts: Prompts, name: str,
     tally = sift(home, tasks, read, judge.checks(config, config.self_identification), kept, config)
     judge.write_answers(home / kept, home / ANSWERS, config.weights)
     write_report(STAGE, home, tally, config.near_duplicates)
+    if not tally.total_kept:
+        raise ValueError(
+            f"no answer to {len(prompts.asked):,} prompts is left: {tally.dropped_by_reason}. See "
+            f"{folder.path / 'report.html'}, and answer anew with --fresh and other settings."
+        )
     tags = sum((one.tags for one in tally.kept.values()), Counter())
     return {
         "prompts": len(prompts.asked), "answers_ignored": prompts.answers_ignored,

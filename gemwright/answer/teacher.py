@@ -18,8 +18,9 @@ Conversations = Iterable[tuple[int, Sequence[str]]]
 """Numbers, and the turns of a user to be answered one after the other."""
 
 Finish = Literal["stop", "length", "too_long", "ended_early", "refused_by_endpoint", "unanswered"]
-"""Why a conversation ended: every turn has its answer; an answer was cut at `max_tokens`; a turn did not fit
-the context; the teacher said <eos> while the user had more to say; an endpoint refused it, or was silent."""
+"""Why a conversation ended: every turn has its answer; an answer was cut, at `max_tokens` or where the
+context was full; a turn did not fit that; the teacher said <eos> while the user had more to say; an endpoint
+refused it, or was silent."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def answer(
     def fitting() -> Iterator[tuple[int, Sequence[str]]]:
         for number, turns in conversations:
             first = [{"role": "user", "content": turns[0]}]
-            if len(encode_prompt(tokenizer, first)) + sampling.max_tokens > config.max_seq_len:
+            if len(encode_prompt(tokenizer, first)) >= config.max_seq_len:
                 too_long.append((number, Answered(first, "too_long", 0)))
             else:
                 yield number, turns

@@ -38,7 +38,7 @@ class Rollout:
     turns: tuple[str, ...]
     """The user's turns that were answered."""
     replies: tuple[Reply, ...]
-    """One a turn. One that was cut by `max_tokens` is the last."""
+    """One a turn. One that was cut is the last."""
     ids: tuple[int, ...]
     """From `<bos>` to the end, the model's tokens as they were drawn."""
     mask: tuple[bool, ...]
@@ -89,7 +89,8 @@ def rollouts(
     """Answer every turn of every conversation, one turn after the other, up to `max_batch` at a time.
 
     Conversations are taken when there is room, and yielded when they are done, with their numbers, in any
-    order. Turn t of number i draws with `seed` + i + 2^32 t.
+    order. Turn t of number i draws with `seed` + i + 2^32 t. A reply ends after `max_tokens`, or where the
+    context is full.
 
     The model's own are also the `<end_of_turn>` that ended a reply, and the `<eos>` after the last one, which
     is due there (report, table 5) and not drawn. An `<eos>` that was drawn in place of `<end_of_turn>` stands
@@ -97,7 +98,7 @@ def rollouts(
 
     Raises:
         ValueError: stop strings, which may end inside a token; or a conversation without turns, or whose
-            first turn and `max_tokens` do not fit, when it is taken. A later turn that does not fit ends its
+            first turn leaves no room for a reply, when it is taken. A later turn that does not ends its
             rollout.
     """
     if sampling.stop:
@@ -106,8 +107,10 @@ def rollouts(
     waiting, running = iter(conversations), dict[Request, _Running]()
 
     def submit(one: _Running, ids: list[int]) -> None:
-        seed = (sampling.seed + one.number + (len(one.replies) << 32)) % 2**63
-        running[scheduler.submit([*one.ids, *ids], sampling.but(seed=seed))] = one
+        room = max(1, model.config.max_seq_len - len(one.ids) - len(ids))
+        changes = {"max_tokens": min(sampling.max_tokens, room)}
+        changes["seed"] = (sampling.seed + one.number + (len(one.replies) << 32)) % 2**63
+        running[scheduler.submit([*one.ids, *ids], sampling.but(**changes))] = one
         one.read(ids)
 
     exhausted = False

@@ -94,7 +94,8 @@ def run(
     asked = _Asked(read_prompts(prompts), tokenizer, config)
     other = None
     if answers is not None:
-        other = Conversations.read(answers, tokenizer, config.train.seq_len, config.conversations)
+        length, seed = config.train.seq_len, config.train.seed
+        other = Conversations.read(answers, tokenizer, length, config.conversations, seed=seed)
 
     def work(folder: RunFolder) -> dict[str, Any]:
         return _work(config, folder, model, teacher, tokenizer, asked, other)

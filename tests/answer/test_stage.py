@@ -86,8 +86,17 @@ def test_what_does_not_fit_the_context_is_put_aside(teacher_folder: Path, tmp_pa
     """Both a first turn that is too long and a later one; the teacher has 64 tokens of context."""
     records = [{"prompt": "too long " * 60}, {"turns": ["a"] * 9}, {"prompt": "short"}]
     config = HERE.but(**{"sampling.stop_ids": list(range(700))})  # whatever it says ends the turn
-    card = run(config, tmp_path / "out", teacher_folder, written(tmp_path, records))
-    assert card.results["dropped"] == {"too_long": 2, "empty": 1}
+    told = r"no answer to 3 prompts is left: \{'too_long': 2, 'empty': 1\}\. See .*report\.html"
+    with pytest.raises(ValueError, match=told):
+        run(config, tmp_path / "out", teacher_folder, written(tmp_path, records))
+    assert (tmp_path / "out/report.html").exists()
+
+
+def test_more_tokens_than_the_context_has_are_as_many_as_fit(teacher_folder: Path, tmp_path: Path):
+    config = HERE.but(**{"sampling.max_tokens": 512})
+    card = run(config, tmp_path / "out", teacher_folder, written(tmp_path, [{"prompt": "def f"}]))
+    assert card.results["kept"] == 1
+    assert 30 < card.results["tokens"] < 64
 
 
 def test_answers_in_the_records_are_counted_and_reach_no_file(server: Server, tmp_path: Path):

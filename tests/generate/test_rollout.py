@@ -67,6 +67,11 @@ def test_one_that_was_cut_by_length_ends_there_and_is_not_complete(model, tokeni
     assert one.mask[-1]
 
 
+def test_a_reply_ends_where_the_context_is_full(model, tokenizer):
+    (one,) = all_of(model, tokenizer, [["def a():"]], HOW.but(max_tokens=1000, stop_ids=()))
+    assert (one.replies[0].finish, len(one.ids)) == ("length", 160)
+
+
 def test_an_end_of_sequence_ends_the_conversation_with_itself_alone(model, tokenizer):
     always = Sampling(max_tokens=4, stop_ids=(EOS, END))
     with torch.no_grad():

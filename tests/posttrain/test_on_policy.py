@@ -1,23 +1,27 @@
 """On-policy distillation: the student's own words, graded by the teacher, and by nothing else."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gemwright.generate.rollout import rollouts
 from gemwright.losses.divergence import forward_kl, generalized_jsd, reverse_kl
 from gemwright.model import checkpoint
 from gemwright.model.config import GemmaConfig
 from gemwright.model.gemma import Gemma
 from gemwright.posttrain import on_policy
 from gemwright.posttrain.on_policy import OnPolicyConfig, run
+from gemwright.reading.prompts import read_prompts
 from gemwright.run import read_card, read_metrics
 from gemwright.tokenizer.chat import encode_prompt
 from gemwright.tokenizer.tokenizer import Tokenizer
@@ -83,15 +87,22 @@ def batches_of_a_run(
 def test_loss_is_on_what_the_student_wrote_and_on_its_ends(
     student: Path, teacher_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Every target that counts is what the student's distribution gives, or an end; none is the user's."""
-    _, updates = batches_of_a_run(monkeypatch, CONFIG, tmp_path / "out", student, teacher_folder, prompts)
+    """The first prompts' rollouts, made anew: their ids stand in the rows, and what is theirs counts."""
+    model, updates = batches_of_a_run(monkeypatch, CONFIG, tmp_path / "out", student, teacher_folder, prompts)
     tokenizer = Tokenizer.load(student)
+    asked = on_policy._Asked(read_prompts(prompts), tokenizer, CONFIG).batch(0, 6)
+    found = dict(rollouts(model, tokenizer, asked, CONFIG.sampling, max_batch=4))
+    wanted = Counter((one.ids[1:64], tuple(map(float, one.mask[1:64]))) for one in found.values())
+    seen: Counter[Any] = Counter()
     for part in updates[0]:
-        for row, (ids, weights) in enumerate(zip(part.ids, part.weights, strict=True)):
-            text = tokenizer.decode([int(id) for id in ids[weights == 0]])
-            assert "user\n" in text
-            own = part.targets[row][weights == 1]
-            assert not set(own.tolist()) & {0, 2, 106}  # <pad>, <bos>, <start_of_turn>
+        for ids, targets, weights in zip(part.ids, part.targets, part.weights, strict=True):
+            starts = [*(ids == 2).nonzero().flatten().tolist(), int((targets != 0).sum()) + 1]
+            for start, stop in itertools.pairwise(starts):
+                seen[
+                    tuple(targets[start : stop - 1].tolist()), tuple(weights[start : stop - 1].tolist())
+                ] += 1
+    assert seen == wanted
+    assert all(any(mask) and not all(mask) for _, mask in wanted)
 
 
 def test_the_loss_and_its_gradient_are_gkds_by_the_definitions(

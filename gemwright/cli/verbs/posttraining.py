@@ -34,7 +34,9 @@ def answer(
     ],
     out: Out,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers a prompt.")] = 1,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = 512,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer, if the context has room.")
+    ] = 512,
     temperature: options.Temperature = 1.0,
     top_p: options.TopP = None,
     seed: options.Seed = 0,
