@@ -45,10 +45,6 @@ class ConversationsConfig(Config):
     """Stop at malformed lines before anything is computed, or leave them out and count them."""
 
 
-class Malformed(ValueError):
-    """A line that is no conversation to learn from."""
-
-
 class Conversations:
     """Packed conversations, read as `Windows` are: rows of `seq_len + 1` ids, by number."""
 
@@ -117,6 +113,11 @@ class Conversations:
     def total(self) -> int:
         """Rows that there are."""
         return len(self)
+
+    @property
+    def tokens(self) -> int:
+        """Targets that count, whatever their weight."""
+        return int(np.count_nonzero(self._weights))
 
     @property
     def fill(self) -> float:

@@ -90,7 +90,7 @@ def run(
     data, held_back = read("train"), read("validation")
     if epochs is not None:
         config = config.but(**{"train.steps": math.ceil(epochs * len(data) / config.train.batch_size)})
-    stored = None if targets is None else _stored(targets, data, config.objective)
+    stored = None if targets is None else _stored(targets, data, tokenizer, config.objective)
 
     def work(folder: RunFolder) -> dict[str, Any]:
         return _work(config, folder, model, tokenizer, data, held_back, teacher, stored)
@@ -103,10 +103,17 @@ def run(
 
 
 def require_room(model: Path, seq_len: int) -> None:
-    """Raise ValueError for rows that are longer than a checkpoint's context."""
-    most = checkpoint.load_config(model).max_seq_len
-    if seq_len > most:
-        raise ValueError(f"train.seq_len={seq_len} exceeds max_seq_len={most} of {model}. Shorten the rows.")
+    """Raise ValueError for a checkpoint whose context is shorter than a row, or that lacks some pieces."""
+    shape, pieces = checkpoint.load_config(model), Tokenizer.load(model).vocab_size
+    if seq_len > shape.max_seq_len:
+        raise ValueError(
+            f"train.seq_len={seq_len} exceeds max_seq_len={shape.max_seq_len} of {model}. Shorten the rows."
+        )
+    if pieces > shape.vocab_size:
+        raise ValueError(
+            f"{model} has {shape.vocab_size:,} rows, fewer than its tokenizer's {pieces:,} pieces. Use the "
+            "tokenizer that it was trained with."
+        )
 
 
 def _read(config: SftConfig, path: Path, tokenizer: Tokenizer, split: Any) -> Conversations:
@@ -115,13 +122,16 @@ def _read(config: SftConfig, path: Path, tokenizer: Tokenizer, split: Any) -> Co
     )
 
 
-def _stored(targets: Path, data: Conversations, objective: ObjectiveConfig) -> StoredTeacher:
+def _stored(
+    targets: Path, data: Conversations, tokenizer: Tokenizer, objective: ObjectiveConfig
+) -> StoredTeacher:
     """The targets, if they are of these conversations in this packing."""
     opened = Targets.open(targets)
-    if opened.manifest.shards.sha256 != data.sha256:
+    manifest = opened.manifest
+    if (manifest.shards.sha256, manifest.tokenizer_sha256) != (data.sha256, tokenizer.sha256):
         raise ValueError(
             f"{targets} has targets for other conversations than {data.path}, or for other rows of them: "
-            f"text, tokenizer, seq_len={opened.manifest.seq_len} and how they are read have to be the same. "
+            f"text, tokenizer, seq_len={manifest.seq_len} and how they are read have to be the same. "
             "Label them: gemwright label."
         )
     return StoredTeacher(opened, data, objective)
@@ -142,7 +152,7 @@ def _work(
         loss = distillation(stored, config.objective)
 
     def validate(model: Gemma) -> dict[str, float]:
-        return {"validation": nats_per_token(model, held_back)} if len(held_back) else {}
+        return {"validation": nats_per_token(model, held_back)} if held_back.tokens else {}
 
     before = {f"{name}_before": value for name, value in validate(model).items()}
     batches = batches_of(data, config.train, device, data.weights)

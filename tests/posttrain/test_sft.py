@@ -18,7 +18,7 @@ from gemwright.distill.label import LabelConfig
 from gemwright.model import checkpoint
 from gemwright.model.config import GemmaConfig
 from gemwright.model.gemma import Gemma
-from gemwright.posttrain.sft import SftConfig, run
+from gemwright.posttrain.sft import SftConfig, _stored, run
 from gemwright.run import read_card, read_metrics
 from gemwright.tokenizer.tokenizer import Tokenizer
 
@@ -167,6 +167,42 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     with pytest.raises(FileNotFoundError, match="there is no"):
         run(CONFIG, out, start, tmp_path / "nowhere.jsonl")
     assert not out.exists()
+
+
+def test_targets_of_another_tokenizer_are_refused_where_it_cuts_this_text_alike(
+    start: Path, teacher_folder: Path, chats: Path, tmp_path: Path
+):
+    """Targets speak of all pieces, those that no conversation uses included."""
+    label.run(LabelConfig(samples=4, seq_len=63, compile=False), tmp_path / "t", teacher_folder, chats)
+    data = reading.Conversations.read(chats, Tokenizer.load(start), 63, CONFIG.conversations)
+    other = Tokenizer.load(start)
+    _stored(tmp_path / "t", data, other, CONFIG.objective)
+    other.sha256 = "0" * 64
+    with pytest.raises(ValueError, match="text, tokenizer, seq_len=63 and how"):
+        _stored(tmp_path / "t", data, other, CONFIG.objective)
+
+
+def test_a_checkpoint_smaller_than_its_tokenizer_is_refused(
+    start: Path, tiny: GemmaConfig, chats: Path, tmp_path: Path
+):
+    checkpoint.save(Gemma(tiny.but(vocab_size=200)), tmp_path / "small")
+    Tokenizer.load(start).save(tmp_path / "small")
+    with pytest.raises(ValueError, match=r"has 200 rows, fewer than its tokenizer's .* pieces"):
+        run(CONFIG, tmp_path / "out", tmp_path / "small", chats)
+
+
+def test_held_back_conversations_that_count_nothing_are_no_validation(start: Path, tmp_path: Path):
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"q{n}"}, {"role": "model", "content": "b"}],
+            "weight": float(not reading.is_held_back(f"q{n}")),
+        }
+        for n in range(100)
+    ]
+    assert 0 < sum(not row["weight"] for row in rows) < 100
+    path = written(tmp_path / "a.jsonl", rows)
+    card = run(CONFIG.but(**{"train.steps": 1}), tmp_path / "out", start, path)
+    assert "validation" not in card.results
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(
