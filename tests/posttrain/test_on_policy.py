@@ -17,7 +17,6 @@ import torch
 from gemwright.generate.rollout import rollouts
 from gemwright.losses.divergence import forward_kl, generalized_jsd, reverse_kl
 from gemwright.model import checkpoint
-from gemwright.model.config import GemmaConfig
 from gemwright.model.gemma import Gemma
 from gemwright.posttrain import on_policy
 from gemwright.posttrain.on_policy import OnPolicyConfig, run
@@ -39,15 +38,6 @@ CONFIG = OnPolicyConfig.parse(
         "max_batch": 4,
     }
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def student(tiny: GemmaConfig, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("student")
-    torch.manual_seed(1)
-    checkpoint.save(Gemma(tiny.but(init_std=0.3)), folder)
-    Tokenizer.load(tokenizer_folder).save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -32,15 +32,6 @@ CONFIG = SftConfig.parse(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def start(tiny: GemmaConfig, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    torch.manual_seed(1)
-    checkpoint.save(Gemma(tiny.but(init_std=0.3)), folder)
-    Tokenizer.load(tokenizer_folder).save(folder)
-    return folder
-
-
 def written(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -61,8 +52,8 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("chats") / "answers.jsonl", rows).parent
 
 
-def test_the_answers_to_prompts_held_back_become_likelier(start: Path, chats: Path, tmp_path: Path):
-    card = run(CONFIG, tmp_path / "sft", start, chats)
+def test_the_answers_to_prompts_held_back_become_likelier(student: Path, chats: Path, tmp_path: Path):
+    card = run(CONFIG, tmp_path / "sft", student, chats)
     found = card.results
     assert found["validation"] < 0.3 * found["validation_before"]
     assert found["conversations"] + found["held_back"] == 200
@@ -72,13 +63,13 @@ def test_the_answers_to_prompts_held_back_become_likelier(start: Path, chats: Pa
 
 
 def test_it_leaves_a_chat_model_that_ends_its_turn_and_the_conversation(
-    start: Path, chats: Path, tmp_path: Path
+    student: Path, chats: Path, tmp_path: Path
 ):
     """After its answer the likeliest token is <end_of_turn>, and after that <eos>."""
     from gemwright.generate.language_model import load
     from gemwright.tokenizer.chat import encode_conversation
 
-    run(CONFIG.but(**{"train.steps": 60}), tmp_path / "sft", start, chats)
+    run(CONFIG.but(**{"train.steps": 60}), tmp_path / "sft", student, chats)
     assert (tmp_path / "sft" / "chat_template.jinja").exists()
     model = load(tmp_path / "sft")
     assert model.complete([{"role": "user", "content": "say 3 then 13"}], max_tokens=12).finish == "stop"
@@ -88,54 +79,54 @@ def test_it_leaves_a_chat_model_that_ends_its_turn_and_the_conversation(
     assert likeliest[-3:-1].tolist() == [107, 1]
 
 
-def test_what_carries_no_loss_is_not_learnt(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_carries_no_loss_is_not_learnt(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Conversations of weight 0 leave the weights as they are, and only the others' words count."""
     monkeypatch.setattr(reading, "is_held_back", lambda turn: False)
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]}
     path = written(tmp_path / "a.jsonl", [row | {"weight": 0.0}] * 4)
     config = CONFIG.but(**{"train.steps": 2, "train.optim.weight_decay": 0.0})
-    run(config, tmp_path / "out", start, path)
-    before, after = (checkpoint.load(folder).state_dict() for folder in (start, tmp_path / "out"))
+    run(config, tmp_path / "out", student, path)
+    before, after = (checkpoint.load(folder).state_dict() for folder in (student, tmp_path / "out"))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_distilled_it_comes_nearer_to_the_teacher_than_by_the_next_token(
-    start: Path, teacher_folder: Path, chats: Path, tmp_path: Path
+    student: Path, teacher_folder: Path, chats: Path, tmp_path: Path
 ):
     """A teacher that disagrees with the answers pulls its own way."""
     from gemwright.data.conversations import Conversations, ConversationsConfig
     from gemwright.losses.divergence import forward_kl
     from gemwright.model.gemma import packed
 
-    data = Conversations.read(chats, Tokenizer.load(start), 63, ConversationsConfig())
+    data = Conversations.read(chats, Tokenizer.load(student), 63, ConversationsConfig())
     ids, weights = data.take(data.in_order()[:8])[:, :-1], data.weights(data.in_order()[:8]) > 0
 
     def away(folder: Path) -> float:
         with torch.no_grad():
-            teacher, student = (checkpoint.load(one)(ids, packed(ids, 2)) for one in (teacher_folder, folder))
-        return float(forward_kl(teacher[weights], student[weights]).mean())
+            teacher, other = (checkpoint.load(one)(ids, packed(ids, 2)) for one in (teacher_folder, folder))
+        return float(forward_kl(teacher[weights], other[weights]).mean())
 
-    run(CONFIG, tmp_path / "plain", start, chats)
-    run(CONFIG, tmp_path / "distilled", start, chats, teacher=teacher_folder)
-    assert away(tmp_path / "distilled") < 0.7 * min(away(start), away(tmp_path / "plain"))
+    run(CONFIG, tmp_path / "plain", student, chats)
+    run(CONFIG, tmp_path / "distilled", student, chats, teacher=teacher_folder)
+    assert away(tmp_path / "distilled") < 0.7 * min(away(student), away(tmp_path / "plain"))
 
 
 def test_targets_on_disk_teach_what_the_teacher_beside_would(
-    start: Path, teacher_folder: Path, chats: Path, tmp_path: Path
+    student: Path, teacher_folder: Path, chats: Path, tmp_path: Path
 ):
     """With every probability kept, the weights become those that the teacher that runs along makes."""
     config = LabelConfig(kind="top-k", samples=700, seq_len=63, compile=False)
     label.run(config, tmp_path / "targets", teacher_folder, chats)
     short = CONFIG.but(**{"train.steps": 4, "train.optim.eps": 1e-3})
-    run(short, tmp_path / "online", start, chats, teacher=teacher_folder)
-    run(short, tmp_path / "stored", start, chats, targets=tmp_path / "targets")
+    run(short, tmp_path / "online", student, chats, teacher=teacher_folder)
+    run(short, tmp_path / "stored", student, chats, targets=tmp_path / "targets")
     one, other = (checkpoint.load(tmp_path / name).state_dict() for name in ("online", "stored"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=2e-3, rtol=0.05)
 
 
 def test_targets_of_other_conversations_are_refused(
-    start: Path, teacher_folder: Path, chats: Path, tmp_path: Path
+    student: Path, teacher_folder: Path, chats: Path, tmp_path: Path
 ):
     config = LabelConfig(samples=4, seq_len=63, compile=False)
     card = label.run(config, tmp_path / "targets", teacher_folder, chats)
@@ -145,8 +136,8 @@ def test_targets_of_other_conversations_are_refused(
     other = written(tmp_path / "other.jsonl", [json.loads(line) for line in lines][1:])
     for path, changes in ((other, {}), (chats, {"train.seq_len": 62})):
         with pytest.raises(ValueError, match=r"has targets for other conversations than .* Label them"):
-            run(CONFIG.but(**changes), tmp_path / "out", start, path, targets=tmp_path / "targets")
-    run(CONFIG.but(**{"train.steps": 1}), tmp_path / "out", start, chats, targets=tmp_path / "targets")
+            run(CONFIG.but(**changes), tmp_path / "out", student, path, targets=tmp_path / "targets")
+    run(CONFIG.but(**{"train.steps": 1}), tmp_path / "out", student, chats, targets=tmp_path / "targets")
 
 
 def test_conversations_are_labelled_whole(teacher_folder: Path, chats: Path, tmp_path: Path):
@@ -155,27 +146,27 @@ def test_conversations_are_labelled_whole(teacher_folder: Path, chats: Path, tmp
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(
-    start: Path, teacher_folder: Path, chats: Path, tmp_path: Path
+    student: Path, teacher_folder: Path, chats: Path, tmp_path: Path
 ):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="seq_len=65 exceeds max_seq_len=64"):
-        run(CONFIG.but(**{"train.seq_len": 65}), out, start, chats)
+        run(CONFIG.but(**{"train.seq_len": 65}), out, student, chats)
     with pytest.raises(ValueError, match="without a teacher there is the next token alone"):
-        run(CONFIG.but(**{"objective.beta": 1.0}), out, start, chats)
+        run(CONFIG.but(**{"objective.beta": 1.0}), out, student, chats)
     with pytest.raises(ValueError, match="malformed"):
-        run(CONFIG, out, start, written(tmp_path / "bad.jsonl", [{"messages": []}]))
+        run(CONFIG, out, student, written(tmp_path / "bad.jsonl", [{"messages": []}]))
     with pytest.raises(FileNotFoundError, match="there is no"):
-        run(CONFIG, out, start, tmp_path / "nowhere.jsonl")
+        run(CONFIG, out, student, tmp_path / "nowhere.jsonl")
     assert not out.exists()
 
 
 def test_targets_of_another_tokenizer_are_refused_where_it_cuts_this_text_alike(
-    start: Path, teacher_folder: Path, chats: Path, tmp_path: Path
+    student: Path, teacher_folder: Path, chats: Path, tmp_path: Path
 ):
     """Targets speak of all pieces, those that no conversation uses included."""
     label.run(LabelConfig(samples=4, seq_len=63, compile=False), tmp_path / "t", teacher_folder, chats)
-    data = reading.Conversations.read(chats, Tokenizer.load(start), 63, CONFIG.conversations)
-    other = Tokenizer.load(start)
+    data = reading.Conversations.read(chats, Tokenizer.load(student), 63, CONFIG.conversations)
+    other = Tokenizer.load(student)
     _stored(tmp_path / "t", data, other, CONFIG.objective)
     other.sha256 = "0" * 64
     with pytest.raises(ValueError, match="text, tokenizer, seq_len=63 and how"):
@@ -183,15 +174,15 @@ def test_targets_of_another_tokenizer_are_refused_where_it_cuts_this_text_alike(
 
 
 def test_a_checkpoint_smaller_than_its_tokenizer_is_refused(
-    start: Path, tiny: GemmaConfig, chats: Path, tmp_path: Path
+    student: Path, tiny: GemmaConfig, chats: Path, tmp_path: Path
 ):
     checkpoint.save(Gemma(tiny.but(vocab_size=200)), tmp_path / "small")
-    Tokenizer.load(start).save(tmp_path / "small")
+    Tokenizer.load(student).save(tmp_path / "small")
     with pytest.raises(ValueError, match=r"has 200 rows, fewer than its tokenizer's .* pieces"):
         run(CONFIG, tmp_path / "out", tmp_path / "small", chats)
 
 
-def test_held_back_conversations_that_count_nothing_are_no_validation(start: Path, tmp_path: Path):
+def test_held_back_conversations_that_count_nothing_are_no_validation(student: Path, tmp_path: Path):
     rows = [
         {
             "messages": [{"role": "user", "content": f"q{n}"}, {"role": "model", "content": "b"}],
@@ -201,12 +192,12 @@ def test_held_back_conversations_that_count_nothing_are_no_validation(start: Pat
     ]
     assert 0 < sum(not row["weight"] for row in rows) < 100
     path = written(tmp_path / "a.jsonl", rows)
-    card = run(CONFIG.but(**{"train.steps": 1}), tmp_path / "out", start, path)
+    card = run(CONFIG.but(**{"train.steps": 1}), tmp_path / "out", student, path)
     assert "validation" not in card.results
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(
-    start: Path, teacher_folder: Path, chats: Path, tmp_path: Path
+    student: Path, teacher_folder: Path, chats: Path, tmp_path: Path
 ):
     from gemwright.tokenizer.train import TokenizerConfig, train
 
@@ -216,11 +207,11 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     with pytest.raises(
         ValueError, match=r"another tokenizer than the student .* Use a teacher of its family"
     ):
-        run(CONFIG, tmp_path / "out", start, chats, teacher=tmp_path / "teacher")
+        run(CONFIG, tmp_path / "out", student, chats, teacher=tmp_path / "teacher")
 
 
-def test_epochs_take_as_many_updates_as_they_need(start: Path, chats: Path, tmp_path: Path):
-    card = run(CONFIG, tmp_path / "out", start, chats, epochs=1.5)
+def test_epochs_take_as_many_updates_as_they_need(student: Path, chats: Path, tmp_path: Path):
+    card = run(CONFIG, tmp_path / "out", student, chats, epochs=1.5)
     rows, steps = card.results["rows"], card.config["train"]["steps"]
     assert 1.5 <= 8 * steps / rows < 1.5 + 8 / rows
     assert len(read_metrics(tmp_path / "out")) == steps
@@ -230,16 +221,16 @@ KILLED = """
 import sys
 from pathlib import Path
 from gemwright.posttrain.sft import SftConfig, run
-config, out, start, chats = sys.argv[1:]
-run(SftConfig.model_validate_json(config), Path(out), Path(start), Path(chats))
+config, out, student, chats = sys.argv[1:]
+run(SftConfig.model_validate_json(config), Path(out), Path(student), Path(chats))
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(start: Path, chats: Path, tmp_path: Path):
+def test_a_killed_run_goes_on_to_the_same_bits(student: Path, chats: Path, tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(CONFIG, whole, start, chats)
+    run(CONFIG, whole, student, chats)
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, CONFIG.model_dump_json(), *map(str, (killed, start, chats))],
+        [sys.executable, "-c", KILLED, CONFIG.model_dump_json(), *map(str, (killed, student, chats))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "GEMWRIGHT_COMPILE": "0"}, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while len(read_metrics(killed)) < 12:
@@ -248,6 +239,6 @@ def test_a_killed_run_goes_on_to_the_same_bits(start: Path, chats: Path, tmp_pat
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not read_card(killed).finished
-    run(CONFIG, killed, start, chats)
+    run(CONFIG, killed, student, chats)
     assert [row["step"] for row in read_metrics(killed)] == list(range(1, 31))
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -53,7 +53,13 @@ class Kind(StrEnum):
 
 def label(
     teacher: Annotated[Path, typer.Argument(help="Folder of the teacher's checkpoint.")],
-    shards: Annotated[Path, typer.Argument(help="Folder of the shards; their training split is labelled.")],
+    shards: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of the shards, whose training split is labelled; or conversations: a .jsonl file or "
+            "a folder of `gemwright answer`."
+        ),
+    ],
     out: Out,
     samples: Annotated[int, typer.Option("--samples", help="Draws a position, or k with --kind top-k.")] = 50,
     kind: Annotated[
@@ -71,10 +77,11 @@ def label(
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Let a teacher read shards once and write its distribution for every position to disk.
+    """Let a teacher read text once and write its distribution for every position to disk.
 
-    Then any number of students learn from it (distill --targets) without the teacher, at about the cost of
-    training from scratch. Killed, the same command goes on to the same bytes. On many GPUs:
+    Then any number of students learn from it (distill --targets, or of conversations sft --targets) without
+    the teacher, at about the cost of training from scratch. Killed, the same command goes on to the same
+    bytes. On many GPUs:
     torchrun --nproc-per-node 8 -m gemwright.cli.main label ...
 
     Example: gemwright label runs/laptop/teacher runs/laptop/shards --out runs/laptop/targets
