@@ -41,11 +41,11 @@ from gemwright.data.executor import LOCAL, ExecutorConfig, execute
 from gemwright.filters.decontaminate import Index, read_benchmarks
 from gemwright.filters.quality import QualityConfig
 from gemwright.filters.unsafe import Unsafe, UnsafeConfig
+from gemwright.reading.prompts import PROMPTS
 from gemwright.reading.records import ReadConfig
 from gemwright.reading.units import Unit, plan
 from gemwright.run import RESUME, Card, RunFolder, atomic, run_stage, write_json
 
-PROMPTS = "prompts.jsonl"
 _KEPT_PROMPTS = f"{RESUME}/kept"
 
 _TASKS, _LEAST, _MOST = 8, 2**20, 2**26  # a task reads an eighth of the whole, within these bounds

@@ -65,17 +65,18 @@ def run(
     """Fine-tune the checkpoint `model` and leave one in `out`. Killed, it goes on.
 
     Args:
-        epochs: how often every conversation is seen, at least; in place of `train.steps`.
         conversations: chat jsonl, or a folder of `gemwright answer`. One prompt in fifty is held back to
             validate on.
+        epochs: how often every conversation is seen, at least; in place of `train.steps`.
         teacher: a checkpoint to run along with the student.
         targets: what a teacher left on disk about these conversations, instead (`label`).
     Raises:
-        ValueError: malformed conversations, none that fits a row, a row longer than the model's context, a
-            teacher with another tokenizer, or targets of other conversations or another packing.
+        ValueError: two teachers, malformed conversations, none that fits a row, a row longer than the model's
+            context, a teacher with another tokenizer, or targets of other conversations or another packing.
         NonFiniteError: the loss is not a number.
     """
-    assert teacher is None or targets is None, (teacher, targets)
+    if teacher is not None and targets is not None:
+        raise ValueError("a student learns from one teacher. Give a teacher or its targets, not both.")
     tokenizer = Tokenizer.load(model)
     for folder in filter(None, (model, teacher)):
         require_room(folder, config.train.seq_len)

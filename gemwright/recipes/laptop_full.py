@@ -86,11 +86,11 @@ def answers() -> AnswersConfig:
     return AnswersConfig(sampling=Sampling(temperature=1.0, max_tokens=40))
 
 
-def student(seed: int, steps: int = 400) -> SftConfig:
+def student(seed: int) -> SftConfig:
     """The demo's student on the teacher's answers; whether distilled, the teacher decides."""
     return SftConfig(
         train=TrainConfig(
-            steps=steps, batch_size=16, seq_len=SEQ_LEN, optim=OptimConfig(lr=6e-3), validate_every=50,
+            steps=400, batch_size=16, seq_len=SEQ_LEN, optim=OptimConfig(lr=6e-3), validate_every=50,
             save_every=200, seed=seed, compile=False,
         ),
         seed=seed,
@@ -167,7 +167,10 @@ def _chats(config: ChatsConfig, out: Path, curated: Path, text: Curated) -> Card
             *questions.questions(taught, config.lessons, config.seed),
             *questions.slips(config.slips, config.seed),
         ]
-        asked = [*questions.questions(logged, config.log, config.seed), *questions.slips(config.slips, 1)]
+        asked = [
+            *questions.questions(logged, config.log, config.seed),
+            *questions.slips(config.slips, config.seed + 1),
+        ]
         log, planted = questions.chat_log(asked, config.seed)
         measured = questions.questions(unseen, config.held_out, config.seed)
         _write(folder.path / LESSONS, [{"id": one.id, "messages": one.messages} for one in lessons])

@@ -5,6 +5,7 @@ the average of averages, which is easy to write, weighs tokens by the length of 
 """
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -139,6 +140,7 @@ def train(
     if config.compile:
         model.compile_layers()
     last: dict[str, float] | None = None
+    start, tokens = time.monotonic(), 0
     with folder.progress("training", config.steps, done, unit="updates") as advance:
         for step in range(done, config.steps):
             parts = batches(step)
@@ -158,7 +160,9 @@ def train(
             folder.log(**row)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 resume.save_state(folder.path, step + 1, model, optimizer)
-            advance(1, loss=f"{value:.3f}")
+            tokens += sum(part.ids.numel() for part in parts)
+            speed = f"{tokens / (time.monotonic() - start):,.0f}"
+            advance(1, **{"loss": f"{value:.3f}", "tokens/s": speed})
     return validate(model) if last is None else last
 
 

@@ -88,6 +88,28 @@ def test_epochs_become_updates(pipeline: tuple[Path, dict[str, Any]]):
     assert json.loads(pipeline[1]["distilled"].out)["rows"] == told["rows"]
 
 
+def test_updates_by_set_are_not_overruled_by_the_default_epochs(
+    pipeline: tuple[Path, dict[str, Any]], gemwright: Callable[..., Any]
+):
+    root, _ = pipeline
+    student, out = root / "student", root / "by-set"
+    said = gemwright("sft", student, root / "answers", "--out", out, *SMALL, "--set", "train.steps=2")
+    assert said.code == 0, said.err
+    assert json.loads((out / "card.json").read_text())["config"]["train"]["steps"] == 2
+
+
+def test_two_teachers_are_a_sentence_and_code_2(
+    pipeline: tuple[Path, dict[str, Any]], gemwright: Callable[..., Any], teacher_folder: Path
+):
+    root, _ = pipeline
+    said = gemwright(
+        "sft", root / "student", root / "answers", "--out", root / "no", "--teacher", teacher_folder,
+        "--targets", root / "targets", *SMALL,
+    )  # fmt: skip
+    assert said.code == 2
+    assert "Give a teacher or its targets, not both" in said.err
+
+
 def test_what_comes_next_is_told(pipeline: tuple[Path, dict[str, Any]]):
     root, said = pipeline
     assert "Next: gemwright sft" in said["answer"].err

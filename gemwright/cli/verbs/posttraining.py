@@ -130,11 +130,10 @@ def sft(
 
     length = seq_len or _context(model)
     given = {"steps": steps or 1, "batch_size": batch_size, "seq_len": length, "optim": {"lr": lr}}
-    config = SftConfig(train=TrainConfig.parse(given)).but(**parse_settings(settings or []))
-    card = run(
-        config, out, model, answers, epochs=None if steps else epochs, teacher=teacher, targets=targets,
-        fresh=fresh,
-    )  # fmt: skip
+    changes = parse_settings(settings or [])
+    config = SftConfig(train=TrainConfig.parse(given)).but(**changes)
+    counted = None if steps or "train.steps" in changes else epochs
+    card = run(config, out, model, answers, epochs=counted, teacher=teacher, targets=targets, fresh=fresh)
     found = card.results
     text = f"{out}: {found['epochs']:.2f} epochs of {found['conversations']:,} conversations"
     if found.get("validation") is not None:
@@ -199,7 +198,7 @@ def on_policy(
     ).but(**parse_settings(settings or []))
     card = run(config, out, model, teacher, prompts, answers=answers, fresh=fresh)
     found = card.results
-    text = f"{out}: {steps} updates on {found['prompts']:,} prompts"
+    text = f"{out}: {config.train.steps} updates on {found['prompts']:,} prompts"
     if found.get("validation") is not None:
         text += (
             f"; divergence from the teacher on others: {found['validation_before']:.3f} -> "

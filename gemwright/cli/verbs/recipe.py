@@ -40,10 +40,13 @@ def run(
     """
     import json
 
-    from gemwright.recipes import laptop, laptop_full
+    if full:
+        from gemwright.recipes.laptop_full import run as stages
+    else:
+        from gemwright.recipes.laptop import run as stages
 
     root = out or Path("runs") / (f"{recipe}-full" if full else recipe)
-    page = (laptop_full if full else laptop).run(root, corpus, fresh=fresh)
+    page = stages(root, corpus, fresh=fresh)
     data = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     tell(as_json, {"report": str(page), **data}, f"{data['table']}\n\n{page}")
 
