@@ -50,6 +50,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.hashes: dict[str, str] = {}
+        """SHA-256 of files, by path inside the folder, where the work found it on its way."""
         rows = read_metrics(path)
         if (path / METRICS).exists():
             _write_rows(path, rows)  # a line that a kill tore would swallow the next one
@@ -138,7 +140,7 @@ def run_stage(
         card.seconds = round(folder.elapsed, 2)
         card.finished = True
         card.outputs = {
-            str(p.relative_to(out)): _sha256(p)
+            (name := str(p.relative_to(out))): folder.hashes.get(name) or _sha256(p)
             for p in sorted(out.rglob("*"))
             if p.is_file() and p.relative_to(out).parts[0] not in _PRIVATE and not p.name.startswith(".")
         }

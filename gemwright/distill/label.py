@@ -31,9 +31,9 @@ from gemwright.model.config import GemmaConfig
 from gemwright.run import Card, RunFolder, fingerprint, progress, run_stage, write_json
 from gemwright.targets import draw, store
 from gemwright.targets.store import Manifest, TargetSplit, UsedShards
-from gemwright.tokenizer.tokenizer import SPECIAL, Tokenizer
+from gemwright.tokenizer.tokenizer import SPECIAL, Tokenizer, require_same_tokenizer
 from gemwright.train.loop import make_batch
-from gemwright.train.teacher import Teacher, require_same_tokenizer
+from gemwright.train.teacher import Teacher
 
 SPLIT = "train"
 """What is labelled: validation and held-out text are judged by the next token."""

@@ -21,7 +21,7 @@ from gemwright.model.config import GemmaConfig
 from gemwright.model.gemma import Gemma
 from gemwright.run import Card, RunFolder, fingerprint, read_card, run_stage
 from gemwright.targets.store import Targets
-from gemwright.tokenizer.tokenizer import MODEL_FILE, SPECIAL, Tokenizer
+from gemwright.tokenizer.tokenizer import MODEL_FILE, SPECIAL, Tokenizer, require_same_tokenizer
 from gemwright.train import resume
 from gemwright.train.diagnostics import watch
 from gemwright.train.loop import TrainConfig, batches_of, make_batch, train
@@ -32,7 +32,6 @@ from gemwright.train.teacher import (
     Teacher,
     distillation,
     next_token,
-    require_same_tokenizer,
 )
 
 _WATCHED = 2048  # tokens that the diagnostics look at

@@ -7,9 +7,9 @@ shape or an unknown key is an error, because a checkpoint that half loads is a m
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,42 +20,69 @@ from torch.overrides import TorchFunctionMode
 from gemwright.config import nearest
 from gemwright.device import available_memory
 from gemwright.model.config import GemmaConfig
-from gemwright.model.gemma import Gemma
+from gemwright.model.gemma import Gemma, RewardModel
 from gemwright.run import atomic, write_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
 _BLOCK_BYTES = 16 << 20  # of a tensor, copied at a time
 # The only keys that are read and let go: the tied head's second name, and buffers of old exports, recomputed.
-_TIED = "lm_head.weight"
+_TIED, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _RECOMPUTED = (".rotary_emb.inv_freq",)
+
+M = TypeVar("M", bound=Gemma)
 
 
 def save(model: Gemma, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write `model` as a Hugging Face directory. Each file appears whole or not at all, the config last."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    parts = _parts(tensors, max_shard_bytes)
+
+    def put(names: Sequence[str], path: Path) -> None:
+        save_file({name: tensors[name] for name in names}, path, metadata={"format": "pt"})
+
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config = model.config.to_hf() | model.hf_head | {"dtype": dtype}
+    write(folder, config, {name: tensor.nbytes for name, tensor in tensors.items()}, put, max_shard_bytes)
+
+
+def write(
+    folder: Path,
+    config: dict[str, Any],
+    sizes: Mapping[str, int],
+    put: Callable[[Sequence[str], Path], str | None],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, str]:
+    """Write a checkpoint whose tensors come from `put`. Returns the hashes of the files, where it tells them.
+
+    Args:
+        config: `config.json`.
+        sizes: bytes of every tensor, by name, in the model's order.
+        put: writes the file of some tensors, by their names, and may return its SHA-256.
+        max_shard_bytes: most bytes of a file, unless one tensor has more.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = _parts(sizes, max_shard_bytes)
     names = (
         [WEIGHTS]
         if len(parts) == 1
         else [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
     )
+    hashes: dict[str, str] = {}
     for name, part in zip(names, parts, strict=True):
         with atomic(folder / name) as partial:
-            save_file({key: tensors[key] for key in part}, partial, metadata={"format": "pt"})
+            digest = put(part, partial)
+        hashes |= {name: digest} if digest else {}
     if len(parts) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
         where = {key: name for name, part in zip(names, parts, strict=True) for key in part}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
     for stale in folder.glob("model*.safetensors*"):
         if stale.name not in {*names, *([INDEX] if len(parts) > 1 else [])}:
             stale.unlink()  # of an earlier save with another number of parts
     # Generation ends on <eos> and on <end_of_turn>: the released chat models emit either.
     ends = {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
     write_json(folder / "generation_config.json", ends)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    write_json(folder / CONFIG, model.config.to_hf() | {"dtype": dtype})
+    write_json(folder / CONFIG, config)
+    return hashes
 
 
 def load_config(folder: Path) -> GemmaConfig:
@@ -78,36 +105,53 @@ def load_config(folder: Path) -> GemmaConfig:
     return GemmaConfig.from_hf(data)
 
 
+def load_kind(folder: Path) -> type[Gemma]:
+    """What a checkpoint is, by its `config.json`: a language model, or a reward model."""
+    load_config(folder)
+    named = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("architectures") or []
+    return RewardModel if named == RewardModel.hf_head["architectures"] else Gemma
+
+
 def blank(config: GemmaConfig) -> Gemma:
-    """A model without memory or weights, on the meta device, to be given them.
+    """A model without memory or weights, on the meta device, to be given them."""
+    return _blank(config, Gemma)
 
-    Nothing is initialised either: even without memory that would import torch's compiler, for 0.8 s.
-    """
+
+def _blank(config: GemmaConfig, kind: type[M]) -> M:
+    """Nothing is initialised either: even without memory that would import torch's compiler, for 0.8 s."""
     with torch.device("meta"), _Uninitialised():
-        return Gemma(config)
+        return kind(config)
 
 
-def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Gemma:
-    """Load a checkpoint, in its own number format unless `dtype` is given. Nothing is held twice in memory.
+class Stored(NamedTuple):
+    """A tensor of a checkpoint, where it lies."""
 
-    On the CPU and in its own format the weights are the file itself, mapped: there at once, read when used,
-    given up by the system when memory is short. What is written to them (by training) stays in memory and
-    never reaches the file. The file may be deleted, or replaced as we do it, by renaming; who overwrites its
-    bytes in place changes the model, or ends the process.
+    path: Path
+    tensor: Tensor
+    """Mapped, and nothing of it read yet."""
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows, in a mapping of their own: what was read counts as memory while it is mapped."""
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_slice(name)[rows]
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint, in the model's order; a tied head's second name is left out.
 
     Raises:
         FileNotFoundError: the folder, its config or one of its files is missing.
-        ValueError: an unknown config key, a missing, unknown or misshapen tensor, a damaged file.
-        RuntimeError: the device has not enough memory left; before any is taken.
+        ValueError: an unknown config key, a missing, unknown or misshapen tensor, quantised weights, a head
+            that is not the embedding, a damaged file.
     """
-    device = torch.device(device)
-    model = blank(load_config(folder))
-    wanted = model.state_dict()
-    files: dict[str, Path] = {}
-    found: dict[str, Tensor] = {}
+    wanted = _blank(load_config(folder), load_kind(folder)).state_dict()
+    found: dict[str, Stored] = {}
+    tied: Stored | None = None
     for name, path, tensor in _mapped(folder):
-        files[name] = path
-        if name.endswith(_RECOMPUTED) or name == _TIED:
+        if name.endswith(_RECOMPUTED):
+            continue
+        if name == _TIED:
+            tied = Stored(path, tensor)
             continue
         if name not in wanted:
             raise ValueError(f"{folder} holds the unknown tensor {name!r}. {nearest(name, wanted)}")
@@ -121,12 +165,51 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device
                 f"{folder}: {name} holds {tensor.dtype}: quantised weights cannot be loaded. "
                 "Fetch the checkpoint in bf16 or fp32."
             )
-        found[name] = tensor
+        found[name] = Stored(path, tensor)
     missing = sorted(set(wanted) - set(found))
     if missing:
         raise ValueError(
             f"{folder} lacks {len(missing)} of {len(wanted)} tensors, {missing[0]!r} first. Fetch it again."
         )
+    if tied is not None and not _equal(tied, _TIED, found[_EMBEDDING], _EMBEDDING):
+        raise ValueError(
+            f"{folder} has a {_TIED} of its own: Gemma 2 ties the head to the embedding. It is another model."
+        )
+    return {name: found[name] for name in wanted}
+
+
+def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Gemma:
+    """Load a checkpoint, in its own number format unless `dtype` is given. Nothing is held twice in memory.
+
+    On the CPU and in its own format the weights are the file itself, mapped: there at once, read when used,
+    given up by the system when memory is short. What is written to them (by training) stays in memory and
+    never reaches the file. The file may be deleted, or replaced as we do it, by renaming; who overwrites its
+    bytes in place changes the model, or ends the process.
+
+    Raises:
+        FileNotFoundError, ValueError: as `stored`; or it is a reward model.
+        RuntimeError: the device has not enough memory left; before any is taken.
+    """
+    return _load(folder, Gemma, dtype, torch.device(device))
+
+
+def load_reward(
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> RewardModel:
+    """The same for a reward model; a language model is refused."""
+    return _load(folder, RewardModel, dtype, torch.device(device))
+
+
+def _load(folder: Path, kind: type[M], dtype: torch.dtype | None, device: torch.device) -> M:
+    if load_kind(folder) is not kind:
+        raise ValueError(
+            f"{folder} is a language model, and has no scalar head. `gemwright reward` makes one."
+            if kind is RewardModel
+            else f"{folder} is a reward model: it scores text, and writes none. Name a language model."
+        )
+    model = _blank(load_config(folder), kind)
+    files = stored(folder)
+    found = {name: tensor for name, (_, tensor) in files.items()}
     copied = {
         name: dtype or tensor.dtype
         for name, tensor in found.items()
@@ -135,13 +218,9 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device
     _require_memory(folder, sum(found[name].numel() * to.itemsize for name, to in copied.items()), device)
     for name, to in copied.items():
         copy = torch.empty(found[name].shape, dtype=to, device=device)
-        for rows in _blocks(copy):
-            copy[rows] = _rows(files[name], name, rows)
+        for rows in blocks(copy):
+            copy[rows] = files[name].rows(name, rows)
         found[name] = copy
-    if _TIED in files and not _tied(files[_TIED], found["model.embed_tokens.weight"]):
-        raise ValueError(
-            f"{folder} has a {_TIED} of its own: Gemma 2 ties the head to the embedding. It is another model."
-        )
     model.load_state_dict(found, strict=True, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -166,39 +245,30 @@ def _require_memory(folder: Path, bytes: int, device: torch.device) -> None:
         )
 
 
-def _blocks(tensor: Tensor) -> Iterator[slice]:
+def blocks(tensor: Tensor) -> Iterator[slice]:
     """Its rows, a few megabytes at a time."""
-    step = max(1, _BLOCK_BYTES * len(tensor) // tensor.nbytes)
+    step = max(1, _BLOCK_BYTES * len(tensor) // max(1, tensor.nbytes))
     return (slice(start, start + step) for start in range(0, len(tensor), step))
 
 
-def _rows(path: Path, name: str, rows: slice) -> Tensor:
-    """Some rows of a tensor, in a mapping of their own: what was read counts as memory while it is mapped."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_slice(name)[rows]
-
-
-def _tied(path: Path, embedding: Tensor) -> bool:
-    """Whether the head that `path` holds equals the embedding, as it was loaded; block by block."""
-    with safe_open(path, framework="pt") as file:
-        if tuple(file.get_slice(_TIED).get_shape()) != embedding.shape:
-            return False
-    return all(
-        torch.equal(_rows(path, _TIED, rows).to(embedding.device, embedding.dtype), embedding[rows])
-        for rows in _blocks(embedding)
+def _equal(one: Stored, name: str, other: Stored, other_name: str) -> bool:
+    """Whether two stored tensors are equal in the number format of the second; block by block."""
+    return one.tensor.shape == other.tensor.shape and all(
+        torch.equal(one.rows(name, rows).to(other.tensor.dtype), other.rows(other_name, rows))
+        for rows in blocks(other.tensor)
     )
 
 
-def _parts(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:
+def _parts(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut so that no part exceeds `limit` bytes (a larger tensor stands alone)."""
     parts: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if parts[-1] and size + tensor.nbytes > limit:
+    total = 0
+    for name, size in sizes.items():
+        if parts[-1] and total + size > limit:
             parts.append([])
-            size = 0
+            total = 0
         parts[-1].append(name)
-        size += tensor.nbytes
+        total += size
     return parts
 
 

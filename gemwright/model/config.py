@@ -80,10 +80,9 @@ class GemmaConfig(Config):
         return self
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that transformers reads as a `Gemma2ForCausalLM`."""
+        """The `config.json` that transformers reads, but for the head, which `Gemma.hf_head` names."""
         scalar = self.query_pre_attn_scalar  # transformers wants an int here, and refuses a fraction
         return {
-            "architectures": ["Gemma2ForCausalLM"],
             "model_type": "gemma2",
             **{theirs: getattr(self, ours) for ours, theirs in _HF_NAMES.items()},
             "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,

@@ -9,7 +9,7 @@ attention and logits.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +160,9 @@ class Backbone(nn.Module):
 class Gemma(nn.Module):
     """A Gemma 2 language model: token ids (B, T) in, capped fp32 logits (B, T, V) out."""
 
+    hf_head: ClassVar[dict[str, Any]] = {"architectures": ["Gemma2ForCausalLM"]}
+    """What a `config.json` says of the head."""
+
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.config = config
@@ -263,6 +266,40 @@ class Gemma(nn.Module):
             for layer in self.model.layers:
                 layer.compile()
         return self
+
+
+class RewardModel(Gemma):
+    """A Gemma 2 with a scalar head: what it thinks of a text, read at the text's last token.
+
+    The layout is that of Hugging Face's `Gemma2ForSequenceClassification` with one label, and so are its
+    scores. The head begins at zero: everything is worth the same.
+    """
+
+    hf_head: ClassVar[dict[str, Any]] = {
+        "architectures": ["Gemma2ForSequenceClassification"],
+        "id2label": {"0": "reward"},
+        "label2id": {"reward": 0},
+    }
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__(config)
+        self.score = nn.Linear(config.d_model, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    @classmethod
+    def of(cls, model: Gemma) -> "RewardModel":
+        """A reward model on top of a language model, whose weights it takes over."""
+        with torch.device("meta"):
+            made = cls(model.config)
+        made.model = model.model
+        made.score = nn.Linear(model.config.d_model, 1, bias=False, device=model.device)
+        nn.init.zeros_(made.score.weight)
+        return made
+
+    def scores(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
+        """The scores of final hidden states, in fp32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.score.weight.float())[..., 0]
 
 
 def _twin(module: Any) -> Any:

@@ -33,10 +33,10 @@ from gemwright.posttrain.sft import require_room
 from gemwright.reading.prompts import Prompts, read_prompts
 from gemwright.run import Card, RunFolder, run_stage
 from gemwright.tokenizer.chat import encode_prompt
-from gemwright.tokenizer.tokenizer import SPECIAL, Tokenizer
+from gemwright.tokenizer.tokenizer import SPECIAL, Tokenizer, require_same_tokenizer
 from gemwright.train import resume
 from gemwright.train.loop import Batch, TrainConfig, batches_of, make_batch, train
-from gemwright.train.teacher import ObjectiveConfig, Teacher, distillation, require_same_tokenizer
+from gemwright.train.teacher import ObjectiveConfig, Teacher, distillation
 
 STAGE = "on-policy"
 _VALIDATED = 64  # prompts, at most

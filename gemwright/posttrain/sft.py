@@ -22,7 +22,7 @@ from gemwright.model import checkpoint, cost
 from gemwright.model.gemma import Gemma
 from gemwright.run import Card, RunFolder, run_stage
 from gemwright.targets.store import Targets
-from gemwright.tokenizer.tokenizer import Tokenizer
+from gemwright.tokenizer.tokenizer import Tokenizer, require_same_tokenizer
 from gemwright.train import resume
 from gemwright.train.loop import TrainConfig, batches_of, train
 from gemwright.train.teacher import (
@@ -32,7 +32,6 @@ from gemwright.train.teacher import (
     Teacher,
     distillation,
     next_token,
-    require_same_tokenizer,
 )
 
 STAGE = "sft"

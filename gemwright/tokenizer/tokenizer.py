@@ -330,3 +330,24 @@ _TRANSFORMERS_CONFIG: dict[str, Any] = {
     "spaces_between_special_tokens": False,
     "additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"],
 }
+
+
+def require_same_tokenizer(
+    folder: Path, tokenizer: Tokenizer, owner: str = "the shards",
+    remedy: str = "Make shards with the teacher's tokenizer.", role: str = "teacher",
+) -> None:  # fmt: skip
+    """Raise ValueError for a checkpoint whose ids do not mean the pieces of `tokenizer`; it says which."""
+    theirs = Tokenizer.load(folder)
+    if theirs.sha256 == tokenizer.sha256:
+        return
+    few, many = sorted((theirs.vocab_size, tokenizer.vocab_size))
+    differ = [id for id in range(few) if theirs.piece(id) != tokenizer.piece(id)]
+    told = [f"id {i} is {theirs.piece(i)!r} to it and {tokenizer.piece(i)!r} to {owner}" for i in differ[:3]]
+    if many > few:
+        told.append(f"it has {theirs.vocab_size:,} pieces and {owner} {tokenizer.vocab_size:,}")
+    if not told:
+        told.append("the pieces are the same, but text is cut into them by other rules or scores")
+    raise ValueError(
+        f"the {role} {folder} has another tokenizer than {owner} ({len(differ):,} of {few:,} ids): "
+        f"{'; '.join(told)}. {remedy}"
+    )

@@ -19,7 +19,7 @@ from gemwright.losses import dense, sparse
 from gemwright.model import checkpoint
 from gemwright.model.gemma import Gemma
 from gemwright.targets.store import TargetBatch, Targets
-from gemwright.tokenizer.tokenizer import Tokenizer
+from gemwright.tokenizer.tokenizer import Tokenizer, require_same_tokenizer
 from gemwright.train.loop import Batch, Loss
 
 
@@ -136,27 +136,6 @@ class StoredTeacher:
             temperature=objective.temperature, tail=tail, targets=batch.targets.flatten(),
             next_token=objective.next_token, z_loss=objective.z_loss,
         )  # fmt: skip
-
-
-def require_same_tokenizer(
-    teacher: Path, tokenizer: Tokenizer, owner: str = "the shards",
-    remedy: str = "Make shards with the teacher's tokenizer.",
-) -> None:  # fmt: skip
-    """Raise ValueError for a teacher whose ids do not mean the pieces of `tokenizer`; it says which."""
-    theirs = Tokenizer.load(teacher)
-    if theirs.sha256 == tokenizer.sha256:
-        return
-    few, many = sorted((theirs.vocab_size, tokenizer.vocab_size))
-    differ = [id for id in range(few) if theirs.piece(id) != tokenizer.piece(id)]
-    told = [f"id {i} is {theirs.piece(i)!r} to it and {tokenizer.piece(i)!r} to {owner}" for i in differ[:3]]
-    if many > few:
-        told.append(f"it has {theirs.vocab_size:,} pieces and {owner} {tokenizer.vocab_size:,}")
-    if not told:
-        told.append("the pieces are the same, but text is cut into them by other rules or scores")
-    raise ValueError(
-        f"the teacher {teacher} has another tokenizer than {owner} ({len(differ):,} of {few:,} ids): "
-        f"{'; '.join(told)}. {remedy}"
-    )
 
 
 def next_token(model: Gemma, batch: Batch, z_loss: float = 0.0) -> tuple[Float[Tensor, ""], dict[str, float]]:
