@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from gemwright.cli.verbs import posttraining, recipe, text, training, use
+from gemwright.cli.verbs import merging, posttraining, recipe, rewarding, text, training, use
 
 VERBS = (
     "run",
@@ -22,6 +22,10 @@ VERBS = (
     "answer",
     "sft",
     "on-policy",
+    "reward",
+    "rlhf",
+    "merge",
+    "warp",
     "import",
     "evaluate",
     "generate",
@@ -62,7 +66,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (recipe, text, training, posttraining, use):
+for group in (recipe, text, training, posttraining, rewarding, merging, use):
     group.add(app)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gemwright.config import Config
 from gemwright.data.sources import Split
-from gemwright.data.windows import order_key, permuted
+from gemwright.data.windows import in_turn
 from gemwright.tokenizer.chat import encode_conversation, fold_system
 from gemwright.tokenizer.tokenizer import SPECIAL, Tokenizer
 
@@ -135,8 +135,7 @@ class Conversations:
     def numbers(self, step: int, batch_size: int) -> UInt64[np.ndarray, " B"]:
         """Which rows batch number `step` takes: a function of the seed and `step` alone."""
         place = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
-        epoch, index = np.divmod(place, np.uint64(len(self)))
-        return permuted(index, len(self), order_key(self._seed, epoch))
+        return in_turn(place, len(self), self._seed)
 
     def in_order(self) -> UInt64[np.ndarray, " N"]:
         """The numbers of all rows."""
@@ -157,6 +156,15 @@ class Conversations:
             few = index[start : start + batch_size]
             yield self.take(few), self.weights(few)
 
+    def ends(self) -> Int[np.ndarray, "N 2"]:
+        """Row and column of every conversation's last id, in the order in which they were given."""
+        found = np.empty((len(self._members), 2), np.int64)
+        for row in range(len(self)):
+            members = self._members[self._ends[row] : self._ends[row + 1]]
+            lengths = self._starts[members + 1] - self._starts[members]
+            found[members, 0], found[members, 1] = row, np.cumsum(lengths) - 1
+        return found
+
     def _rows(self, flat: np.ndarray, numbers: np.ndarray, padding: int) -> np.ndarray:
         rows = np.full((len(numbers), self.seq_len + 1), padding, flat.dtype)
         for row, number in zip(rows, numbers.astype(np.int64), strict=True):
@@ -176,16 +184,34 @@ def pack(
     Raises:
         ValueError: one is longer than a row.
     """
-    longest = max((len(ids) for ids, _ in examples), default=0)
-    if longest > seq_len + 1:
-        raise ValueError(f"a conversation has {longest} tokens, and a row {seq_len + 1}. Raise seq_len.")
-    packed = Conversations(iter(examples), seq_len, split="train", seed=0, path=Path(), counts=Counter())
+    packed = _packed(examples, seq_len)
     return packed.take(packed.in_order()), packed.weights(packed.in_order())
 
 
-def is_held_back(turn: str) -> bool:
-    """Whether a prompt with this first turn is kept for validation: one in fifty, by its hash."""
-    return int.from_bytes(hashlib.sha256(turn.encode()).digest()[:8]) % _HELD_BACK == 0
+def pack_whole(
+    texts: Sequence[Sequence[int]], seq_len: int
+) -> tuple[Int[Tensor, "R {seq_len}"], Int[Tensor, "N 2"]]:
+    """A few conversations that are read to their last id, in as few rows as they need.
+
+    Returns:
+        the rows, and row and column of every conversation's last id, in the order given.
+    Raises:
+        ValueError: one is longer than a row.
+    """
+    packed = _packed([(ids, ()) for ids in texts], seq_len - 1)
+    return packed.take(packed.in_order()), torch.from_numpy(packed.ends())
+
+
+def _packed(examples: Sequence[Example], seq_len: int) -> Conversations:
+    longest = max((len(ids) for ids, _ in examples), default=0)
+    if longest > seq_len + 1:
+        raise ValueError(f"a conversation has {longest} tokens, and a row {seq_len + 1}. Raise seq_len.")
+    return Conversations(iter(examples), seq_len, split="train", seed=0, path=Path(), counts=Counter())
+
+
+def is_held_back(turn: str, one_in: int = _HELD_BACK) -> bool:
+    """Whether a prompt with this first turn is kept for validation: one in so many, by its hash."""
+    return int.from_bytes(hashlib.sha256(turn.encode()).digest()[:8]) % one_in == 0
 
 
 def _examples(

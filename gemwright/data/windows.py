@@ -168,8 +168,7 @@ class Windows:
         place = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
         if self._mixed:
             return self._mixed.at(place)
-        epoch, index = np.divmod(place, np.uint64(self._kept))
-        return self._chosen(permuted(index, self._kept, order_key(self._seed, epoch)))
+        return self._chosen(in_turn(place, self._kept, self._seed))
 
     def in_order(self) -> UInt64[np.ndarray, " N"]:
         """The numbers of all windows that are kept, in the order of the text."""
@@ -285,6 +284,12 @@ def _turns(places: UInt64[np.ndarray, " N"], shares: list[int]) -> UInt64[np.nda
         columns.append((places * np.uint64(share) + half) >> np.uint64(_SHARE_BITS))
         places = places - columns[-1]
     return np.stack(columns, 1)
+
+
+def in_turn(places: UInt64[np.ndarray, " N"], total: int, seed: int) -> UInt64[np.ndarray, " N"]:
+    """Which of `total` things some places of a run take: all of them, in another order each epoch."""
+    epoch, index = np.divmod(places, np.uint64(total))
+    return permuted(index, total, order_key(seed, epoch))
 
 
 def permuted(

@@ -26,11 +26,11 @@ from jaxtyping import Float
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from gemwright.config import Config
-from gemwright.generate.rollout import Rollout, rollouts
+from gemwright.generate.rollout import Rollout, padded, rollouts
 from gemwright.generate.sampling import Sampling
 from gemwright.losses.divergence import cross_entropy
 from gemwright.model.gemma import Gemma
-from gemwright.tokenizer.tokenizer import CONTROL, SPECIAL, Tokenizer
+from gemwright.tokenizer.tokenizer import Tokenizer
 
 _CHUNK_BYTES = 64 << 20  # of logits at a time
 _RESAMPLES, _COVERED = 1000, 0.95
@@ -244,7 +244,7 @@ def _of_drawn(
 
     own = by_prompt(nats(model, flat, batch_size))
     graded = by_prompt(nats(teacher, flat, batch_size))
-    tokens = by_prompt([sum(chosen(one)) for one in flat])
+    tokens = by_prompt([sum(one.chosen) for one in flat])
     return {
         "teacher_nats_per_token": Measure(graded, tokens),
         "teacher_nats_per_answer": Measure(graded, by_prompt([len(one.replies) for one in flat])),
@@ -258,43 +258,20 @@ def loops(ids: Sequence[int]) -> bool:
     return len(set(runs)) < len(runs)
 
 
-def chosen(rollout: Rollout) -> list[bool]:
-    """Which ids the model chose: its own, but not the `<eos>` that is put after the last `<end_of_turn>`."""
-    mask = list(rollout.mask)
-    if rollout.ids[-2:] == (CONTROL["<end_of_turn>"], SPECIAL["<eos>"]):
-        mask[-1] = False
-    return mask
-
-
 @torch.no_grad()
 def nats(model: Gemma, drawn: Sequence[Rollout], batch_size: int = 8) -> list[float]:
-    """-log P of the ids that were chosen in each rollout, summed, by any model of the same tokenizer.
-
-    A conversation has a row to itself; rows of like length share a batch, padded on the right, where nothing
-    that is scored can see it.
-    """
-    device = model.device
-    order = sorted(range(len(drawn)), key=lambda number: len(drawn[number].ids))
-    rows = max(1, _CHUNK_BYTES // (4 * model.config.vocab_size))
+    """-log P of the ids that were chosen in each rollout, summed, by any model of the same tokenizer."""
+    few = max(1, _CHUNK_BYTES // (4 * model.config.vocab_size))
     sums = torch.zeros(len(drawn), dtype=torch.float64)
     # Layers compiled for training run eagerly here, as in `likelihood`.
     with torch.compiler.set_stance("eager_on_recompile"):
-        for first in range(0, len(order), batch_size):
-            taken = order[first : first + batch_size]
-            width = len(drawn[taken[-1]].ids)
-            ids = torch.full((len(taken), width), SPECIAL["<pad>"])
-            scored = torch.zeros(len(taken), width, dtype=torch.bool)
-            for row, number in enumerate(taken):
-                length = len(drawn[number].ids)
-                ids[row, :length] = torch.tensor(drawn[number].ids)
-                scored[row, :length] = torch.tensor(chosen(drawn[number]))
-            ids = ids.to(device)
-            row, column = scored.nonzero().to(device).T
+        for numbers, ids, scored in padded(drawn, batch_size, model.device):
+            row, column = scored.nonzero().T
             hidden = model.hidden(ids)[row, column - 1]
-            parts = zip(hidden.split(rows), ids[row, column].split(rows), strict=True)
+            parts = zip(hidden.split(few), ids[row, column].split(few), strict=True)
             each = [cross_entropy(model.logits(states), targets) for states, targets in parts]
             if each:
-                sums.index_add_(0, torch.tensor(taken)[row.cpu()], torch.cat(each).double().cpu())
+                sums.index_add_(0, torch.tensor(numbers)[row.cpu()], torch.cat(each).double().cpu())
     return sums.tolist()
 
 

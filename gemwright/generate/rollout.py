@@ -8,6 +8,10 @@ trained: nothing is copied, and each call of `rollouts` sees the weights as they
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
 from gemwright.device import available_memory
 from gemwright.generate.engine import Finish
 from gemwright.generate.sampling import Sampling
@@ -47,6 +51,12 @@ class Rollout:
     """Whether every turn of the user has its reply, and each of these ended by itself."""
 
     @property
+    def chosen(self) -> tuple[bool, ...]:
+        """Which ids the model chose: its own, but not the `<eos>` that is put after the last turn's end."""
+        put = self.ids[-2:] == (_END, _EOS)
+        return (*self.mask[:-1], False) if put else self.mask
+
+    @property
     def messages(self) -> list[dict[str, str]]:
         """The conversation as `encode_conversation` takes it."""
         pairs = zip(self.turns, self.replies, strict=True)
@@ -55,6 +65,36 @@ class Rollout:
             for turn, reply in pairs
             for role, content in (("user", turn), ("model", reply.text))
         ]
+
+
+def in_order(
+    model: Gemma, tokenizer: Tokenizer, conversations: Sequence[tuple[int, Sequence[str]]],
+    sampling: Sampling, max_batch: int,
+) -> list[Rollout]:  # fmt: skip
+    """All `rollouts`, in the order of the conversations. Layers compiled for training run eagerly."""
+    with torch.compiler.set_stance("force_eager"):
+        found = dict(rollouts(model, tokenizer, conversations, sampling, max_batch=max_batch))
+    return [found[number] for number, _ in conversations]
+
+
+def padded(
+    drawn: Sequence[Rollout], batch_size: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[list[int], Int[Tensor, "B T"], Bool[Tensor, "B T"]]]:
+    """Rollouts of like length in rows, padded on the right, where nothing that is scored can see it.
+
+    Yields their numbers, their ids, and which of the ids the model chose.
+    """
+    order = sorted(range(len(drawn)), key=lambda number: len(drawn[number].ids))
+    for first in range(0, len(order), batch_size):
+        taken = order[first : first + batch_size]
+        width = len(drawn[taken[-1]].ids)
+        ids = torch.full((len(taken), width), SPECIAL["<pad>"])
+        chosen = torch.zeros(len(taken), width, dtype=torch.bool)
+        for row, number in enumerate(taken):
+            length = len(drawn[number].ids)
+            ids[row, :length] = torch.tensor(drawn[number].ids)
+            chosen[row, :length] = torch.tensor(drawn[number].chosen)
+        yield taken, ids.to(device), chosen.to(device)
 
 
 @dataclass

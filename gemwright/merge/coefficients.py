@@ -43,7 +43,7 @@ def spherical(gram: Float[np.ndarray, "M M"], weights: Sequence[float] | None = 
     made[0] = 1.0
     parts = shares(len(gram), weights)
     for place in range(1, len(gram)):
-        share = parts[place] / math.fsum(parts[: place + 1])
+        share = parts[place] / (math.fsum(parts[: place + 1]) or 1.0)  # none has any share so far: nor this
         length = math.sqrt(max(0.0, made @ gram @ made) * gram[place, place])
         cosine = float(np.clip((made @ gram)[place] / length, -1, 1)) if length else 1.0
         angle = math.acos(cosine)

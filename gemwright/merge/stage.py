@@ -6,7 +6,8 @@ that WARP compares: averages, moving averages, task arithmetic, SLERP, and the l
 trades reward for nearness.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ class MergeConfig(Config):
         if self.weights is not None:
             if self.method == "ema":
                 raise ValueError("a moving average has no weights but mu. Leave them out, or use linear.")
-            if self.method != "task" and (min(self.weights) < 0 or sum(self.weights) <= 0):
+            if self.method != "task" and (min(self.weights, default=0) < 0 or sum(self.weights) <= 0):
                 raise ValueError(f"weights={self.weights} are no shares. Give numbers from 0, not all 0.")
         return self
 
@@ -55,7 +56,17 @@ class MergeConfig(Config):
 def run(
     config: MergeConfig, out: Path, models: Sequence[Path], *, base: Path | None = None, fresh: bool = False
 ) -> Card:
-    """Merge checkpoints into one in `out`.
+    """Merge checkpoints into one in `out`; arguments and errors as `prepared`."""
+    work = prepared(config, models, base)
+    named = {f"model{place}": folder for place, folder in enumerate(models, 1)}
+    inputs = named if base is None else {"base": base, **named}
+    return run_stage(STAGE, config, out, work, inputs=inputs, fresh=fresh, next_step=f"gemwright chat {out}")
+
+
+def prepared(
+    config: MergeConfig, models: Sequence[Path], base: Path | None = None
+) -> Callable[[RunFolder], dict[str, Any]]:
+    """Check that models can be merged; then what does it, in the folder of a stage, and returns its results.
 
     Args:
         base: where the models' training began; for task vectors, and for an `eta` below 1.
@@ -81,9 +92,7 @@ def run(
         finally:
             torch.set_num_threads(threads)
 
-    named = {f"model{place}": folder for place, folder in enumerate(models, 1)}
-    inputs = named if base is None else {"base": base, **named}
-    return run_stage(STAGE, config, out, work, inputs=inputs, fresh=fresh, next_step=f"gemwright chat {out}")
+    return work
 
 
 def _require_use(config: MergeConfig, models: Sequence[Path], base: Path | None) -> None:
@@ -97,7 +106,7 @@ def _require_use(config: MergeConfig, models: Sequence[Path], base: Path | None)
             f"{config.method} with eta=1 does not use the base {base}. Leave it out, or set eta below 1."
         )
     if not models or (len(models) == 1 and base is None):
-        raise ValueError(f"{len(models)} models are nothing to merge. Name two or more.")
+        raise ValueError(f"{len(models) or 'no'} model is nothing to merge. Name two or more.")
     if config.weights is not None and len(config.weights) != len(models):
         raise ValueError(f"{len(config.weights)} weights for {len(models)} models. Give one a model.")
 
@@ -139,7 +148,8 @@ def _work(
     def of(name: str) -> list[float]:
         """What each parent counts in a tensor; 1 in all."""
         made = [config.eta * c for c in by_group.get(streams.group(name), same)]
-        return [1 - sum(made), *made] if has_base else made
+        left = 1 - math.fsum(made)
+        return [left if abs(left) > 1e-12 else 0.0, *made] if has_base else made
 
     with folder.progress("merging", total) as advance:
 
@@ -170,8 +180,6 @@ def _coefficients(config: MergeConfig, count: int) -> list[float]:
 
 
 def _widest(stored: Sequence[dict[str, Stored]]) -> torch.dtype:
-    dtype = next(iter(stored[0].values())).tensor.dtype
-    for parent in stored:
-        for one in parent.values():
-            dtype = torch.promote_types(dtype, one.tensor.dtype)
-    return dtype
+    """The format that all parents have, or fp32: what arithmetic is in, and wide enough for fp16 and bf16."""
+    (one, *others) = {tensor.tensor.dtype for parent in stored for tensor in parent.values()}
+    return one if not others and one in streams.NAMES else torch.float32

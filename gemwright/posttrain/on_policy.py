@@ -13,7 +13,6 @@ An update is a function of its number and of the weights before it: prompts, dra
 student's and teacher's words hang on seeds, so that a killed run goes on as it would have.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +21,21 @@ import torch
 from pydantic import Field, PositiveInt
 
 from gemwright.config import Config
-from gemwright.data.conversations import Conversations, ConversationsConfig, is_held_back, pack
-from gemwright.data.windows import order_key, permuted
+from gemwright.data.conversations import Conversations, ConversationsConfig
 from gemwright.device import pick_device, seed_everything
-from gemwright.generate.rollout import Rollout, rollouts
+from gemwright.generate.rollout import in_order
 from gemwright.generate.sampling import Sampling
 from gemwright.model import checkpoint, cost
 from gemwright.model.gemma import Gemma
+from gemwright.posttrain.drawn import PromptOrder, batches_of_drawn
 from gemwright.posttrain.sft import require_room
-from gemwright.reading.prompts import Prompts, read_prompts
 from gemwright.run import Card, RunFolder, run_stage
-from gemwright.tokenizer.chat import encode_prompt
-from gemwright.tokenizer.tokenizer import SPECIAL, Tokenizer, require_same_tokenizer
+from gemwright.tokenizer.tokenizer import Tokenizer, require_same_tokenizer
 from gemwright.train import resume
-from gemwright.train.loop import Batch, TrainConfig, batches_of, make_batch, train
+from gemwright.train.loop import Batch, TrainConfig, batches_of, train
 from gemwright.train.teacher import ObjectiveConfig, Teacher, distillation
 
 STAGE = "on-policy"
-_VALIDATED = 64  # prompts, at most
 
 
 class OnPolicyConfig(Config):
@@ -91,7 +87,7 @@ def run(
             f"on_policy={config.on_policy:g} and {'answers' if answers else 'no answers'}: what is not "
             "on-policy learns from answers. Give them together with a share below 1, or neither."
         )
-    asked = _Asked(read_prompts(prompts), tokenizer, config)
+    asked = PromptOrder(prompts, tokenizer, config.train, config.sampling)
     other = None
     if answers is not None:
         length, seed = config.train.seq_len, config.train.seed
@@ -109,40 +105,9 @@ def run(
     return card
 
 
-class _Asked:
-    """The prompts that fit a row, in the order of training, and those held back."""
-
-    def __init__(self, prompts: Prompts, tokenizer: Tokenizer, config: OnPolicyConfig) -> None:
-        room = config.train.seq_len + 1 - config.sampling.max_tokens
-        fit: list[tuple[str, ...]] = []
-        for prompt in prompts.asked:
-            if len(encode_prompt(tokenizer, [{"role": "user", "content": prompt.turns[0]}])) < room:
-                fit.append(prompt.turns)
-        self.too_long = len(prompts.asked) - len(fit)
-        self.held_back = [turns for turns in fit if is_held_back(turns[0])][:_VALIDATED]
-        self._train = [turns for turns in fit if not is_held_back(turns[0])]
-        self._seed = config.train.seed
-        if not self._train:
-            raise ValueError(
-                f"none of {len(prompts.asked):,} prompts fits: with sampling.max_tokens="
-                f"{config.sampling.max_tokens} a row of train.seq_len={config.train.seq_len} has room for "
-                f"{max(0, room - 1)} tokens of a prompt. Raise seq_len or lower max_tokens."
-            )
-
-    def __len__(self) -> int:
-        return len(self._train)
-
-    def batch(self, step: int, size: int) -> list[tuple[int, tuple[str, ...]]]:
-        """The prompts of an update, each with the number of its place in the run."""
-        places = np.arange(step * size, (step + 1) * size, dtype=np.uint64)
-        epoch, index = np.divmod(places, np.uint64(len(self._train)))
-        chosen = permuted(index, len(self._train), order_key(self._seed, epoch))
-        return [(int(place), self._train[int(i)]) for place, i in zip(places, chosen, strict=True)]
-
-
 def _work(
     config: OnPolicyConfig, folder: RunFolder, model: Path, teacher: Path, tokenizer: Tokenizer,
-    asked: _Asked, other: Conversations | None,
+    asked: PromptOrder, other: Conversations | None,
 ) -> dict[str, Any]:  # fmt: skip
     device = pick_device()
     seed_everything(config.seed)
@@ -150,9 +115,12 @@ def _work(
     judge = Teacher.load(teacher, tokenizer, device, compiled=config.train.compile)
     loss = distillation(judge, config.objective)
 
+    sampling = config.sampling.but(seed=(config.sampling.seed + config.seed) % 2**63)
+
     def on_own_words(step: int) -> list[Batch]:
-        drawn = _write(student, tokenizer, asked.batch(step, config.train.batch_size), config)
-        return _batches(drawn, config.train, device)
+        prompts = asked.batch(step, config.train.batch_size)
+        drawn = in_order(student, tokenizer, prompts, sampling, config.max_batch)
+        return batches_of_drawn(drawn, [one.mask for one in drawn], config.train, device)
 
     batches = on_own_words
     if other is not None:
@@ -166,8 +134,8 @@ def _work(
     def validate(model: Gemma) -> dict[str, float]:
         if not asked.held_back:
             return {}
-        drawn = _write(model, tokenizer, list(enumerate(asked.held_back)), config)
-        parts = _batches(drawn, config.train, device)
+        drawn = in_order(model, tokenizer, list(enumerate(asked.held_back)), sampling, config.max_batch)
+        parts = batches_of_drawn(drawn, [one.mask for one in drawn], config.train, device)
         with torch.no_grad():
             total = sum(float(loss(model, part)[0]) for part in parts)
         replies = [reply for one in drawn for reply in one.replies]
@@ -187,25 +155,3 @@ def _work(
         "epochs": round(config.on_policy * config.train.steps * config.train.batch_size / len(asked), 3),
         **before, **last,
     }  # fmt: skip
-
-
-def _write(
-    model: Gemma, tokenizer: Tokenizer, prompts: Sequence[tuple[int, Sequence[str]]], config: OnPolicyConfig
-) -> list[Rollout]:
-    """The student's conversations, in the order of the prompts. Layers compiled for training run eagerly."""
-    sampling = config.sampling.but(seed=(config.sampling.seed + config.seed) % 2**63)
-    with torch.compiler.set_stance("force_eager"):
-        found = dict(rollouts(model, tokenizer, prompts, sampling, max_batch=config.max_batch))
-    return [found[number] for number, _ in prompts]
-
-
-def _batches(drawn: Sequence[Rollout], config: TrainConfig, device: torch.device) -> list[Batch]:
-    """Conversations packed into rows, and these into portions. What a row cannot hold of one is cut off."""
-    most = config.seq_len + 1
-    examples = [(one.ids[:most], [float(own) for own in one.mask[:most]]) for one in drawn]
-    rows, weights = pack(examples, config.seq_len)
-    few = config.micro_batch_size or len(rows)
-    return [
-        make_batch(part, SPECIAL["<bos>"], device, weights=w)
-        for part, w in zip(rows.split(few), weights.split(few), strict=True)
-    ]

@@ -6,8 +6,10 @@ the average of averages, which is easy to write, weighs tokens by the length of 
 
 import math
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +71,10 @@ class Batch(NamedTuple):
     places: Places
     numbers: UInt64[np.ndarray, " B"] | None = None
     """Which windows of the split these are, for whoever keeps something about them."""
+    count: float | None = None
+    """What the loss is divided by, all portions of a step together; None: the sum of the weights."""
+    known: Mapping[str, float] = MappingProxyType({})
+    """Sums that are known of it already, for the log: divided like the loss."""
 
 
 Loss = Callable[[Gemma, Batch], tuple[Float[Tensor, ""], dict[str, float]]]
@@ -127,15 +133,18 @@ def train(
     config: TrainConfig,
     folder: RunFolder,
     validate: Callable[[Gemma], dict[str, float]],
+    also: Mapping[str, Gemma] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Train `model` in place, from the newest saved state if there is one. Returns the last validation.
 
+    Args:
+        also: models that change beside it, by whoever makes the batches: saved and loaded with the state.
     Raises:
         NonFiniteError: names the step, the folder of the last good state, and what to change.
     """
     keep_freed_memory()
     optimizer = adamw(model, config.optim)
-    done = resume.load_state(folder.path, model, optimizer)
+    done = resume.load_state(folder.path, model, optimizer, also)
     folder.rewind(done)
     if config.compile:
         model.compile_layers()
@@ -147,7 +156,7 @@ def train(
             lr = learning_rate(step, config.steps, config.optim)
             value, metrics, norm = _update(model, loss, parts, optimizer, lr, config)
             if not (math.isfinite(value) and math.isfinite(norm)):
-                state = resume.save_state(folder.path, step, model, optimizer)
+                state = resume.save_state(folder.path, step, model, optimizer, also)
                 raise NonFiniteError(
                     f"the loss of update {step + 1} is {value} (gradient norm {norm}). The weights before it "
                     f"are kept in {state}. Lower optim.lr (now {config.optim.lr}) or optim.clip, then start "
@@ -159,7 +168,7 @@ def train(
                 row |= last
             folder.log(**row)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                resume.save_state(folder.path, step + 1, model, optimizer)
+                resume.save_state(folder.path, step + 1, model, optimizer, also)
             tokens += sum(part.ids.numel() for part in parts)
             speed = f"{tokens / (time.monotonic() - start):,.0f}"
             advance(1, **{"loss": f"{value:.3f}", "tokens/s": speed})
@@ -175,21 +184,23 @@ def _update(
     config: TrainConfig,
 ) -> tuple[float, dict[str, float], float]:
     """One update over all micro-batches; skipped if its loss or gradient is not finite."""
-    targets = sum(float(part.weights.sum()) for part in parts)
-    total, sums = 0.0, {}
+    counts = (part.weights.sum() if part.count is None else part.count for part in parts)
+    scale = max(sum(map(float, counts)), 1.0)
+    total = 0.0
+    sums: dict[str, float] = defaultdict(float)
     for part in parts:
         with _autocast(model, config):
             value, metrics = loss(model, part)
-        (value / max(targets, 1.0)).backward()
+        (value / scale).backward()
         total += float(value.detach())
-        sums = {name: sums.get(name, 0.0) + metric for name, metric in metrics.items()}
+        for name, metric in (*metrics.items(), *part.known.items()):
+            sums[name] += metric
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip))
     if math.isfinite(total) and math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    scale = max(targets, 1.0)
     return total / scale, {name: metric / scale for name, metric in sums.items()}, norm
 
 

@@ -8,24 +8,35 @@ it is not there.
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from gemwright.model import checkpoint
-from gemwright.model.gemma import Gemma
+from gemwright.model.gemma import Gemma, RewardModel
 from gemwright.run import RESUME, atomic, write_json
 
 
-def save_state(folder: Path, step: int, model: Gemma, optimizer: torch.optim.Optimizer) -> Path:
-    """Write the state after `step` updates and drop older ones. Returns the folder."""
+def save_state(
+    folder: Path, step: int, model: Gemma, optimizer: torch.optim.Optimizer,
+    also: Mapping[str, Gemma] = MappingProxyType({}),
+) -> Path:  # fmt: skip
+    """Write the state after `step` updates and drop older ones. Returns the folder.
+
+    Args:
+        also: further models, each into a folder of its name.
+    """
     home = folder / RESUME
     target, partial = home / f"step-{step:06}", home / "partial"
     if target.exists():
         return target
     shutil.rmtree(partial, ignore_errors=True)
     checkpoint.save(model, partial)
+    for name, other in also.items():
+        checkpoint.save(other, partial / name)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     moments = {
         f"{names[id(parameter)]}:{key}": value.cpu()
@@ -46,13 +57,18 @@ def saved_steps(folder: Path) -> list[Path]:
     return sorted((folder / RESUME).glob("step-*"), key=lambda state: int(state.name.removeprefix("step-")))
 
 
-def load_state(folder: Path, model: Gemma, optimizer: torch.optim.Optimizer) -> int:
-    """Put the newest state into model and optimiser; returns the updates made so far, 0 without a state."""
+def load_state(
+    folder: Path, model: Gemma, optimizer: torch.optim.Optimizer,
+    also: Mapping[str, Gemma] = MappingProxyType({}),
+) -> int:  # fmt: skip
+    """Put the newest state into models and optimiser; returns the updates made so far, 0 without a state."""
     states = saved_steps(folder)
     if not states:
         return 0
     newest = states[-1]
-    model.load_state_dict(checkpoint.load(newest).state_dict())
+    for home, one in ((newest, model), *((newest / name, other) for name, other in also.items())):
+        load = checkpoint.load_reward if isinstance(one, RewardModel) else checkpoint.load
+        one.load_state_dict(load(home).state_dict())
     moments = load_file(newest / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         state = {

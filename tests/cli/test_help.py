@@ -16,7 +16,7 @@ from gemwright.cli.main import VERBS, app
 
 HELPS = dict(reference.helps())
 LEAVES = [name for name, text in HELPS.items() if "\nCommands:" not in text]
-VERB_FILES = ("posttraining", "recipe", "text", "training", "use")
+VERB_FILES = ("merging", "posttraining", "recipe", "rewarding", "text", "training", "use")
 CLI = ("main", "options", "verbs", *(f"verbs.{name}" for name in VERB_FILES))
 HEAVY = ("torch", "transformers", "numpy", "sentencepiece", "safetensors", "matplotlib", "pydantic", "rich")
 
@@ -55,7 +55,21 @@ def test_verbs_are_listed_in_pipeline_order():
         "distill",
         "prompts",
     ]
-    pipeline += ["answer", "sft", "on-policy", "import", "evaluate", "generate", "chat", "export", "ablate"]
+    pipeline += [
+        "answer",
+        "sft",
+        "on-policy",
+        "reward",
+        "rlhf",
+        "merge",
+        "warp",
+        "import",
+        "evaluate",
+        "generate",
+        "chat",
+        "export",
+        "ablate",
+    ]
     assert listed == list(VERBS) == pipeline
 
 

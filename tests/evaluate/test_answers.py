@@ -12,7 +12,6 @@ from gemwright.evaluate.answers import (
     AnswersEvalConfig,
     Asked,
     Measure,
-    chosen,
     judge,
     loops,
     nats,
@@ -73,7 +72,7 @@ def one_by_one(model: Gemma, rollout: Rollout) -> float:
     """-log P of what the model chose: a forward pass a token, no batch, no padding."""
     total = 0.0
     with torch.no_grad():
-        for place, counts in enumerate(chosen(rollout)):
+        for place, counts in enumerate(rollout.chosen):
             if counts:
                 logits = model(torch.tensor([rollout.ids[:place]]))[0, -1].double()
                 total -= float(logits.log_softmax(-1)[rollout.ids[place]])
@@ -92,19 +91,19 @@ def test_nats_are_those_of_one_token_after_the_other(
 def test_what_the_model_chose_is_its_replies_and_the_end_of_each(drawn: list[Rollout]):
     two = next(one for one in drawn if one.complete and len(one.turns) == 2)
     first, second = (list(reply.ids) for reply in two.replies)
-    said = [id for id, counts in zip(two.ids, chosen(two), strict=True) if counts]
+    said = [id for id, counts in zip(two.ids, two.chosen, strict=True) if counts]
     assert said == [*first, END, *second, END]
     assert two.ids[-1] == EOS, "the one that is put there"
 
 
 def test_an_end_of_sequence_that_was_drawn_counts():
     one = Rollout(("a",), (), (2, 106, 109, EOS), (False, False, False, True), True)
-    assert chosen(one) == [False, False, False, True]
+    assert one.chosen == (False, False, False, True)
 
 
 def test_a_reply_cut_by_length_counts_to_its_last_token():
     one = Rollout(("a",), (), (2, 106, 300, 301), (False, False, True, True), False)
-    assert chosen(one) == [False, False, True, True]
+    assert one.chosen == (False, False, True, True)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_the_measures_of_drawn_replies_are_sums_over_sums(
     found = judge(model, tokenizer, ASKED, HOW, teacher=teacher, right=never).measures
     graded = sum(one_by_one(teacher, one) for one in drawn)
     own = sum(one_by_one(model, one) for one in drawn)
-    tokens = sum(sum(chosen(one)) for one in drawn)
+    tokens = sum(sum(one.chosen) for one in drawn)
     assert found["teacher_nats_per_token"].value == pytest.approx(graded / tokens, rel=1e-5)
     assert found["teacher_nats_per_answer"].value == pytest.approx(
         graded / sum(len(one.replies) for one in drawn), rel=1e-5

@@ -128,7 +128,7 @@ def sft(
     from gemwright.posttrain.sft import SftConfig, run
     from gemwright.train.loop import TrainConfig
 
-    length = seq_len or _context(model)
+    length = seq_len or context(model)
     given = {"steps": steps or 1, "batch_size": batch_size, "seq_len": length, "optim": {"lr": lr}}
     changes = parse_settings(settings or [])
     config = SftConfig(train=TrainConfig.parse(given)).but(**changes)
@@ -186,7 +186,7 @@ def on_policy(
     from gemwright.train.loop import TrainConfig
     from gemwright.train.teacher import ObjectiveConfig
 
-    length = seq_len or _context(model)
+    length = seq_len or context(model)
     train = {"steps": steps, "batch_size": batch_size, "seq_len": length, "optim": {"lr": lr}}
     config = OnPolicyConfig(
         train=TrainConfig.parse(train),
@@ -207,7 +207,8 @@ def on_policy(
     tell(as_json, {"out": str(out), "seconds": card.seconds, **found}, text)
 
 
-def _context(model: Path) -> int:
+def context(model: Path) -> int:
+    """Tokens a row where none are told."""
     from gemwright.model.checkpoint import load_config
 
     return min(1024, load_config(model).max_seq_len)
