@@ -57,6 +57,7 @@ bench: $(READY)/bench $(READY)/parity $(READY)/interop
 	$(RUN) bench.head_loss
 	$(RUN) bench.targets
 	$(RUN) bench.generate
+	$(RUN) bench.merge
 	$(RUN) bench.posttrain
 	$(RUN) bench.train_step
 

@@ -108,6 +108,7 @@ def on_policy(student: Path, teacher: Path, out: Path, steps: int) -> dict[str, 
     """Seconds of an update, and the shares of its parts."""
     from gemwright.generate.sampling import Sampling
     from gemwright.losses import dense
+    from gemwright.posttrain import drawn
     from gemwright.posttrain import on_policy as stage
     from gemwright.train import loop
     from gemwright.train.loop import TrainConfig
@@ -128,8 +129,8 @@ def on_policy(student: Path, teacher: Path, out: Path, steps: int) -> dict[str, 
     with ExitStack() as patched:
         for owner, name, part in (
             (stage, "train", "rest"),
-            (stage, "_write", "decode: drawing, scheduling"),
-            (stage, "_batches", "packing"),
+            (stage, "in_order", "decode: drawing, scheduling"),
+            (stage, "batches_of_drawn", "packing"),
             (Gemma, "hidden", "forward"),
             (Gemma, "logits", "forward"),
             (dense, "divergence", "head loss, forward and backward"),
@@ -139,7 +140,7 @@ def on_policy(student: Path, teacher: Path, out: Path, steps: int) -> dict[str, 
             watched = clock.watched(getattr(owner, name), part)
             patched.enter_context(mock.patch.object(owner, name, watched))
         # No validation: only updates are timed.
-        patched.enter_context(mock.patch.object(stage, "is_held_back", return_value=False))
+        patched.enter_context(mock.patch.object(drawn, "is_held_back", return_value=False))
         stage.run(config, out, student, teacher, prompts)
     spent = {part: seconds for part, seconds in clock.seconds.items() if part != "outside"}
     total = sum(spent.values())

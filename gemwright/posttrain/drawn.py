@@ -55,7 +55,7 @@ class PromptOrder:
 
 
 def batches_of_drawn(
-    drawn: Sequence[Rollout], weights: Sequence[Sequence[float]], config: TrainConfig,
+    drawn: Sequence[Rollout], weights: Sequence[Sequence[float] | Sequence[bool]], config: TrainConfig,
     device: torch.device | str = "cpu",
 ) -> list[Batch]:  # fmt: skip
     """Conversations packed into rows, and these into portions. What a row cannot hold of one is cut off.

@@ -20,7 +20,8 @@ def write(folder: Path) -> Path:
     """Write `report.html` and `report.json` from a run's metrics; returns the page's path."""
     rows = read_metrics(folder)
     measured = [row for row in rows if f"{_HELD_BACK}reward" in row]
-    names = [name.removeprefix(_HELD_BACK) for name in measured[-1] if name.startswith(_HELD_BACK)]
+    last = measured[-1] if measured else {}  # no prompt was held back
+    names = [name.removeprefix(_HELD_BACK) for name in last if name.startswith(_HELD_BACK)]
     header = ["update", *names]
     table = [
         [str(row["step"]), *(f"{row[_HELD_BACK + name]:.3f}" for name in names)]

@@ -10,7 +10,8 @@ student learns from that in four ways, each with three seeds:
     on-policy       after SFT, the teacher's distribution on the student's own replies
     longer SFT      after SFT, as many updates more of the same: what on-policy has to beat
 
-All are asked questions about modules that no stage has seen. The teacher is told some answers that it must
+Then it goes on to preferences, RLHF and WARP (`laptop_rlhf`). All are asked questions about modules that no
+stage has seen. The teacher is told some answers that it must
 not give (that it is another's model, somebody's address), so that the filters have work to do.
 """
 
@@ -126,7 +127,7 @@ def run(root: Path, corpus: Path | None = None, *, fresh: bool = False) -> Path:
     Raises:
         ValueError: as `laptop.pretrained`; or the text holds too few functions and classes of Python.
     """
-    from gemwright.recipes import laptop_full_report, laptop_report
+    from gemwright.recipes import laptop_full_report, laptop_report, laptop_rlhf
 
     cards, text = laptop.pretrained(root, corpus, fresh=fresh)
     laptop_report.write(root, cards, text, root / "pretraining")
@@ -149,8 +150,9 @@ def run(root: Path, corpus: Path | None = None, *, fresh: bool = False) -> Path:
         cards[names["longer_sft"]] = sft.run(longer(seed), root / names["longer_sft"], begun, replies)
     judged = ["chat_teacher", "distilled", *(f"{arm}/seed{seed}" for arm in ARMS for seed in SEEDS)]
     cards["measured"] = _measure(measured(), root, judged)
+    cards |= laptop_rlhf.run(root, text, SEEDS)
     page = laptop_full_report.write(root, cards)
-    say(f"the report is {page}. Next: gemwright chat {root / 'on_policy/seed0'}")
+    say(f"the report is {page}. Next: gemwright ablate merging --runs {root}")
     return page
 
 

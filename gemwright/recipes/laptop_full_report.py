@@ -25,6 +25,10 @@ MEASURES = {
     "tokens": ("tokens a reply", 1),
 }
 """Heading and digits of each."""
+_GAINED = {
+    "reward": "reward", "watched_reward": "watched reward", "kl": "KL from the start, nats a conversation",
+    "entropy": "entropy, nats a token", "tokens": "tokens a reply",
+}  # fmt: skip
 COMPARED = (
     ("distilled_sft", "sft"), ("on_policy", "sft"), ("on_policy", "longer_sft"),
     ("on_policy", "distilled_sft"),
@@ -104,10 +108,48 @@ def write(root: Path, cards: Mapping[str, Card]) -> Path:
         page.code("\n\n".join(turns))
         said = {NAMES[kind]: models[_runs(models, kind)[0]]["replies"][number] for kind in NAMES}
         page.table(["", "reply"], [[name, " / ".join(replies)[:200]] for name, replies in said.items()])
+    data["preferences"] = _preferences(page, cards)
     page.heading("Where the time went")
     page.table(["stage", "seconds"], [[name, f"{value:.0f}"] for name, value in data["seconds"].items()])
     page.text("What came before: pretraining/report.html.", note=True)
     return page.write(root)
+
+
+def _preferences(page: Report, cards: Mapping[str, Card]) -> dict[str, Any]:
+    """The section on reward, RLHF and WARP; returns its numbers."""
+    judges = {name: cards[name].results for name in ("reward", "watched_reward")}
+    page.heading("Preferences: reward, RLHF, WARP")
+    page.text(
+        "Reward models rank pairs that they never saw: "
+        + "; ".join(
+            f"{name.replace('_', ' ')} {one['accuracy']:.3f} ({one['accuracy_low']:.3f} to "
+            f"{one['accuracy_high']:.3f}) of {one['measured_on']:,}"
+            for name, one in judges.items()
+        )
+        + ". Below: replies to prompts held back, drawn at temperature 1; mean ± standard deviation over "
+        "seeds. The watched reward is that of a model which no policy was trained for."
+    )
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, kind, of in (
+        ("SFT, the start", "rlhf", lambda found: found["before"]),
+        ("RLHF, one long run", "rlhf", lambda found: found["after"]),
+        ("WARP, as many updates", "warp", lambda found: found["front"][-1]),
+    ):
+        ends = [of(card.results) for place, card in cards.items() if place.startswith(f"{kind}/")]
+        rows[name] = {key: mean_std([end[key] for end in ends]) for key in _GAINED}
+    table = [[name, *(plus_minus(value) for value in row.values())] for name, row in rows.items()]
+    page.table(["", *_GAINED.values()], table)
+    first = next(place for place in cards if place.startswith("warp/"))
+    points = cards[first].results["front"]
+    page.plot(
+        [
+            Series(_GAINED[key], [point["kl"] for point in points], [point[key] for point in points])
+            for key in ("reward", "watched_reward")
+        ],
+        x=_GAINED["kl"], y="reward", caption="WARP's line, first seed: from the start to its end.",
+    )  # fmt: skip
+    page.text("WARP against its parents and the long run at equal distance: gemwright ablate merging.")
+    return {"judges": judges, "rows": rows}
 
 
 def _runs(models: Mapping[str, Any], kind: str) -> list[str]:

@@ -65,8 +65,8 @@ class Pairs:
 def read_pairs(path: Path, tokenizer: Tokenizer, seq_len: int, config: PairsConfig) -> Pairs:
     """Read and encode a .jsonl file of pairs, or a .jsonl.gz.
 
-    Where one of a pair is longer than `seq_len` ids, both lose their first exchanges alike; a pair whose last
-    exchange alone is too long is left out.
+    Where one of a pair is longer than `seq_len` ids, both lose their first exchanges, as long as these and the
+    turn that comes next are equal; a pair that is too long even so is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -91,7 +91,7 @@ def read_pairs(path: Path, tokenizer: Tokenizer, seq_len: int, config: PairsConf
             continue
         held_back = is_held_back(one[0]["content"], config.held_back)
         kept = (one, other)
-        while max(len(side) for side, _ in ids) > seq_len and min(map(len, kept)) > 2:
+        while max(len(side) for side, _ in ids) > seq_len and kept[0][:3] == kept[1][:3]:
             kept = (kept[0][2:], kept[1][2:])
             ids = [encode_conversation(tokenizer, side) for side in kept]
         if max(len(side) for side, _ in ids) > seq_len:

@@ -19,8 +19,8 @@ from gemwright.losses.divergence import forward_kl, generalized_jsd, reverse_kl
 from gemwright.model import checkpoint
 from gemwright.model.gemma import Gemma
 from gemwright.posttrain import on_policy
+from gemwright.posttrain.drawn import PromptOrder
 from gemwright.posttrain.on_policy import OnPolicyConfig, run
-from gemwright.reading.prompts import read_prompts
 from gemwright.run import read_card, read_metrics
 from gemwright.tokenizer.chat import encode_prompt
 from gemwright.tokenizer.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def test_loss_is_on_what_the_student_wrote_and_on_its_ends(
     """The first prompts' rollouts, made anew: their ids stand in the rows, and what is theirs counts."""
     model, updates = batches_of_a_run(monkeypatch, CONFIG, tmp_path / "out", student, teacher_folder, prompts)
     tokenizer = Tokenizer.load(student)
-    asked = on_policy._Asked(read_prompts(prompts), tokenizer, CONFIG).batch(0, 6)
+    asked = PromptOrder(prompts, tokenizer, CONFIG.train, CONFIG.sampling).batch(0, 6)
     found = dict(rollouts(model, tokenizer, asked, CONFIG.sampling, max_batch=4))
     wanted = Counter((one.ids[1:64], tuple(map(float, one.mask[1:64]))) for one in found.values())
     seen: Counter[Any] = Counter()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from gemwright.recipes import laptop, laptop_full
+from gemwright.ablate import merging
+from gemwright.recipes import laptop, laptop_full, laptop_rlhf
 from gemwright.run import read_card
 from tests.recipes.test_laptop_run import small
 
@@ -50,7 +51,18 @@ def patched() -> Iterator[None]:
         kept = {"truncated": True, "near_duplicates": None, "sampling.max_tokens": 8}
         patch.setattr(laptop_full, "answers", lambda: answers.but(**kept))
         patch.setattr(laptop_full, "measured", lambda: measured.but(max_tokens=8))
+        _shorten_rlhf(patch)
         yield
+
+
+def _shorten_rlhf(patch: pytest.MonkeyPatch) -> None:
+    preferred, judge, long_run = laptop_rlhf.preferred(), laptop_rlhf.judge, laptop_rlhf.long_run
+    few = {"train.steps": 8, "train.batch_size": 2, "train.validate_every": 4, "sampling.max_tokens": 8}
+    patch.setattr(laptop_rlhf, "QUESTIONS", 60)
+    patch.setattr(laptop_rlhf, "STEPS", 2)
+    patch.setattr(laptop_rlhf, "preferred", lambda: preferred.but(**{"sampling.max_tokens": 8}))
+    patch.setattr(laptop_rlhf, "judge", lambda average=2: judge(min(average, 2)).but(**QUICK))
+    patch.setattr(laptop_rlhf, "long_run", lambda seed: long_run(seed).but(measured_samples=1, **few))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +83,7 @@ def test_every_stage_is_finished(root: Path):
     assert all(card.finished for card in cards)
     stages = {card.stage for card in cards}
     assert {"chats", "prompts", "sft", "answer", "on-policy", "measure", "distill", "pretrain"} <= stages
+    assert {"preferences", "reward", "rlhf", "warp", "merge"} <= stages
 
 
 @pytest.mark.slow
@@ -81,7 +94,14 @@ def test_every_way_to_train_is_measured_with_every_seed(root: Path, report: dict
     for arm in laptop_full.ARMS:
         assert all(len(values) == 2 for values in report["values"][arm].values())
     page = (root / "report.html").read_text(encoding="utf-8")
-    for told in ("on-policy", "distilled SFT", "What each step gains", "planted", "Replies"):
+    for told in (
+        "on-policy",
+        "distilled SFT",
+        "What each step gains",
+        "planted",
+        "Replies",
+        "WARP, as many updates",
+    ):
         assert told in page
     assert (root / "pretraining" / "report.html").exists()
 
@@ -125,3 +145,14 @@ def _text(root: Path) -> Any:
     from gemwright.data.curated import Curated
 
     return Curated.open(root / "curated")
+
+
+@pytest.mark.slow
+def test_the_study_of_merging_sets_every_model_beside_its_parents(root: Path, tmp_path: Path):
+    config = merging.MergingConfig(samples=1, max_tokens=8)
+    page = merging.run(config, root, tmp_path / "study")
+    found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [row["model"] for row in found["rows"]] == list(merging.MODELS)
+    assert all({"mean", "std"} <= set(row["reward"]) and row["kl"] >= -1e-6 for row in found["rows"])
+    assert found["rows"][0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert "WARP" in found["verdict"]

@@ -34,7 +34,8 @@ def run(
 
     `laptop` trains a tokenizer, a teacher, and twice over a student distilled from it and its twin from
     scratch, on two CPU cores in under ten minutes, and writes report.html with the comparison. With --full
-    the teacher then learns to answer, and the student from its answers and from its own: some twenty minutes.
+    the teacher then learns to answer, the student from its answers and from its own, then from preferences
+    (a reward model, RLHF, WARP): some forty minutes.
 
     Example: gemwright run laptop
     """
@@ -93,17 +94,23 @@ class Study(StrEnum):
     """The studies there are."""
 
     TARGETS = "targets"
+    MERGING = "merging"
 
 
 def ablate(
     study: Annotated[Study, typer.Argument(help="Which study.")],
+    recipe: Annotated[Recipe, typer.Option("--recipe", help="Of which recipe.")] = Recipe.LAPTOP,
     runs: Annotated[
-        Path, typer.Option("--runs", help="Folder of a finished laptop recipe: its teacher and shards.")
-    ] = Path("runs/laptop"),
+        Path | None,
+        typer.Option(
+            "--runs",
+            help="Folder of the finished recipe; runs/RECIPE by default, for merging runs/RECIPE-full.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for everything; runs/ablate-STUDY by default.")
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of every arm.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="targets: runs of every arm.")] = 3,
     as_json: Json = False,
 ) -> None:
     """Run a study: every arm with every seed, then a table with its spread and a plot, in report.html.
@@ -112,16 +119,24 @@ def ablate(
     (stratified, or independent), the 16, 50 or 256 largest probabilities with or without the rest's mass, or
     nothing but the next token. About fifteen minutes on two cores. Killed, the same command goes on.
 
+    `merging` sets an average, SLERP and WARP against the policies that they were made of, and against one
+    long run of the same cost; with the seeds of the recipe's long form. About two minutes.
+
     Example: gemwright ablate targets --runs runs/laptop
     """
     import json
 
-    from gemwright.ablate import targets
-    from gemwright.ablate.study import run as stage
+    home = out or Path("runs") / f"ablate-{study}"
+    if study is Study.MERGING:
+        from gemwright.ablate import merging
 
-    page = stage(
-        targets.study(seeds), out or Path("runs") / f"ablate-{study}", runs / "shards", runs / "teacher"
-    )
+        page = merging.run(merging.MergingConfig(), runs or Path("runs") / f"{recipe}-full", home)
+    else:
+        from gemwright.ablate import targets
+        from gemwright.ablate.study import run as stage
+
+        root = runs or Path("runs") / recipe
+        page = stage(targets.study(seeds), home, root / "shards", root / "teacher")
     data = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     tell(as_json, {"report": str(page), **data}, f"{data['table']}\n\n{page}")
 

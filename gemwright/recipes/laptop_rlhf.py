@@ -1,12 +1,16 @@
-"""Preference pairs whose truth is known: what a chat model replied rightly against what it did not.
+"""The last stretch of the laptop recipe's long form: preferences, a reward model, RLHF and WARP.
 
-A student answers questions some times each. Of two of its conversations the better is the one with more right
-replies; of two with as many, the one that does not loop. If none has all of them right, the better one is the
-conversation as it should be. As a student seldom loops, some clean replies are spoilt on
-purpose, their last words said again and again: so a reward model sees what is never to be rewarded.
+The pairs' truth is known. A student answers questions some times each; of two of its conversations the better
+is the one with more right replies, or of two with as many, the one that does not loop. If none has all of
+them right, the better one is the conversation as it should be. As a student seldom loops, some clean replies
+are spoilt on purpose, their last words said again and again. Half of the questions make the pairs of the
+reward model that RLHF sees (five times the policy's size, three averaged), half those of a second one, which
+only looks on. Then each seed's SFT model goes two ways of equal cost:
 
-The questions are parted by their number: half make the pairs of the reward model that RLHF sees, half those
-of another, which looks on.
+    rlhf    one long run, its anchor the SFT model
+    warp    two policies an iteration, their anchors moving with them, merged and drawn back
+
+Rates and sizes were chosen on the first seed.
 """
 
 import json
@@ -18,15 +22,28 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveInt
 
 from gemwright.config import Config
+from gemwright.data.curated import Curated
 from gemwright.evaluate.answers import loops
 from gemwright.generate.rollout import Rollout, in_order
 from gemwright.generate.sampling import Sampling
 from gemwright.model import checkpoint
+from gemwright.posttrain import reward, rlhf, warp
+from gemwright.posttrain.reward import RewardConfig
+from gemwright.posttrain.rlhf import RlhfConfig
+from gemwright.posttrain.warp import WarpConfig
+from gemwright.recipes import questions
 from gemwright.recipes.questions import Question, right
 from gemwright.run import Card, RunFolder, run_stage, write_text
 from gemwright.tokenizer.tokenizer import Tokenizer
+from gemwright.train.loop import TrainConfig
+from gemwright.train.optim import OptimConfig
 
 PAIRS, WATCHED = "pairs.jsonl", "watched.jsonl"
+SEQ_LEN, TOKENS = 128, 40
+QUESTIONS = 4000
+"""Asked for the preferences, about definitions that the student was never asked about."""
+POLICIES, ITERATIONS, STEPS = 2, 2, 75
+"""Of WARP; the single run takes as many updates as all of them together."""
 
 
 class PreferencesConfig(Config):
@@ -44,7 +61,63 @@ class PreferencesConfig(Config):
     """Of what is paired with what."""
 
 
-def run(config: PreferencesConfig, out: Path, model: Path, asked: Sequence[Question]) -> Card:
+def preferred() -> PreferencesConfig:
+    """Two conversations a question."""
+    return PreferencesConfig(sampling=Sampling(temperature=1.0, max_tokens=TOKENS))
+
+
+def judge(average: int = 3) -> RewardConfig:
+    """The reward model, WARM's average of three; begun with the chat teacher."""
+    return RewardConfig(
+        train=TrainConfig(
+            steps=60, batch_size=32, seq_len=SEQ_LEN, optim=OptimConfig(lr=3e-4, warmup_steps=5),
+            validate_every=30, save_every=60, compile=False,
+        ),
+        average=average,
+    )  # fmt: skip
+
+
+def long_run(seed: int) -> RlhfConfig:
+    """One policy for as many updates as WARP has in all, near the model that it began with."""
+    return RlhfConfig(
+        train=TrainConfig(
+            steps=POLICIES * ITERATIONS * STEPS, batch_size=8, seq_len=SEQ_LEN,
+            optim=OptimConfig(lr=1e-3, warmup_steps=10), validate_every=50, save_every=100, seed=seed,
+            compile=False,
+        ),
+        samples=4, beta=0.1, sampling=Sampling(temperature=1.0, max_tokens=TOKENS), measured_samples=4,
+        seed=seed,
+    )  # fmt: skip
+
+
+def merged(seed: int) -> WarpConfig:
+    """WARP: the same updates parted among policies and iterations, with moving anchors."""
+    one = long_run(seed).but(**{"train.steps": STEPS, "mu": 0.01})
+    return WarpConfig(rlhf=one, policies=POLICIES, iterations=ITERATIONS, eta=0.3)
+
+
+def run(root: Path, text: Curated, seeds: tuple[int, ...]) -> dict[str, Card]:
+    """Go through these stages in a `root` that has the chat teacher, the prompts and the SFT models."""
+    known = questions.definitions(document.text for document in text.documents("train"))
+    asked = questions.questions(known[::2], QUESTIONS, preferred().seed)
+    pairs, judges = root / "preferences", (root / "reward", root / "watched_reward")
+    cards = {"preferences": make_pairs(preferred(), pairs, root / "sft/seed0", asked)}
+    large = root / "chat_teacher"
+    cards["reward"] = reward.run(judge(), judges[0], large, pairs / PAIRS, held_out=pairs / WATCHED)
+    cards["watched_reward"] = reward.run(
+        judge(average=1), judges[1], large, pairs / WATCHED, held_out=pairs / PAIRS
+    )
+    for seed in seeds:
+        start = root / f"sft/seed{seed}"
+        given: Any = (start, judges[0], root / "prompts")
+        for name, stage, config in (("rlhf", rlhf, long_run(seed)), ("warp", warp, merged(seed))):
+            cards[f"{name}/seed{seed}"] = stage.run(
+                config, root / f"{name}/seed{seed}", *given, watch=judges[1]
+            )
+    return cards
+
+
+def make_pairs(config: PreferencesConfig, out: Path, model: Path, asked: Sequence[Question]) -> Card:
     """Let the checkpoint `model` answer the questions, and pair what it said."""
 
     def work(folder: RunFolder) -> dict[str, Any]:
