@@ -107,9 +107,8 @@ def _train(
     device = pick_device()
     seed_everything(config.seed)
     model = RewardModel.of(checkpoint.load(start, dtype=torch.float32, device=device))
-    if not resume.saved_steps(folder.path):
-        with torch.no_grad():
-            model.score.weight.copy_(linear_probe(model, pairs.train))
+    with torch.no_grad():  # resumed, too: the card tells how good the model was before
+        model.score.weight.copy_(linear_probe(model, pairs.train))
     few = config.train.micro_batch_size or config.train.batch_size
 
     def batches(step: int) -> list[Batch]:

@@ -16,7 +16,7 @@ from gemwright.generate.rollout import Rollout, in_order, padded
 from gemwright.generate.sampling import Sampling
 from gemwright.losses.divergence import cross_entropy, reverse_kl
 from gemwright.model.gemma import Gemma, RewardModel, packed
-from gemwright.tokenizer.tokenizer import SPECIAL, Tokenizer
+from gemwright.tokenizer.tokenizer import Tokenizer
 
 _CHUNK_BYTES = 64 << 20  # of logits at a time, of one model
 _TOKENS = 8192  # read at a time
@@ -43,7 +43,9 @@ def states(model: Gemma, texts: Sequence[Sequence[int]]) -> Float[Tensor, "N D"]
             taken = order[start : start + few]
             rows, ends = pack_whole([texts[number] for number in taken], len(texts[taken[-1]]))
             rows, (row, column) = rows.to(model.device), ends.to(model.device).T
-            hidden = model.hidden(rows, packed(rows, SPECIAL["<bos>"]))
+            starts = torch.zeros_like(rows)  # not where a <bos> stands: a policy may have drawn one
+            starts[row, column + 1 - torch.tensor([len(texts[number]) for number in taken]).to(row)] = 1
+            hidden = model.hidden(rows, packed(starts, 1))
             found[taken] = hidden[row, column].float().cpu()
     return found
 

@@ -18,7 +18,7 @@ from gemwright.generate.rollout import rollouts
 from gemwright.losses.divergence import forward_kl, generalized_jsd, reverse_kl
 from gemwright.model import checkpoint
 from gemwright.model.gemma import Gemma
-from gemwright.posttrain import on_policy
+from gemwright.posttrain import drawn, on_policy
 from gemwright.posttrain.drawn import PromptOrder
 from gemwright.posttrain.on_policy import OnPolicyConfig, run
 from gemwright.run import read_card, read_metrics
@@ -198,7 +198,7 @@ def test_prompts_that_do_not_fit_a_row_are_counted_and_none_that_fits_is_an_erro
 ):
     path = tmp_path / "prompts.txt"
     path.write_text("short\n" + "long " * 60 + "\nalso short\n")
-    monkeypatch.setattr(on_policy, "is_held_back", lambda turn: False)
+    monkeypatch.setattr(drawn, "is_held_back", lambda turn: False)
     card = run(CONFIG.but(**{"train.steps": 1}), tmp_path / "out", student, teacher_folder, path)
     assert (card.results["prompts"], card.results["too_long"], card.results["held_back"]) == (2, 1, 0)
     assert "validation" not in card.results

@@ -70,7 +70,8 @@ FORMS: dict[str, tuple[dict[str, Any], Any]] = {
     "a prompt, and whole conversations": (line(prompt="why?") | {"prompt": "why?"}, GOOD),
     "texts, all three": ({"prompt": "why?", "chosen": "because", "rejected": "no"}, GOOD),
     "a prompt of turns, and texts": (
-        {"prompt": "Human: why?\n\nAssistant: what?\n\nHuman: this", "chosen": "because", "rejected": "no"}, LONG,
+        {"prompt": "Human: why?\n\nAssistant: what?\n\nHuman: this", "chosen": "because", "rejected": "no"},
+        LONG,
     ),
     "a prompt of messages, and texts": (
         {"prompt": chat("why?", "what?", "this"), "chosen": "because", "rejected": "no"}, LONG,
@@ -139,7 +140,9 @@ BAD: dict[str, tuple[Any, str]] = {
         {"chosen": "Human: a\n\nAssistant: b", "rejected": "Human: a\n\nAssistant:"}, "empty answer",
     ),
     "a number": ({"chosen": 3, "rejected": "a"}, "it has a int where a conversation is due"),
-    "ended by the user": ({"chosen": chat("a", "b", "c"), "rejected": chat("a", "b", "d")}, "of the role user"),
+    "ended by the user": (
+        {"chosen": chat("a", "b", "c"), "rejected": chat("a", "b", "d")}, "of the role user",
+    ),
     "without content": (
         {"chosen": [{"role": "user"}], "rejected": chat("a", "b")}, "answer different prompts",
     ),
