@@ -65,8 +65,8 @@ class Pairs:
 def read_pairs(path: Path, tokenizer: Tokenizer, seq_len: int, config: PairsConfig) -> Pairs:
     """Read and encode a .jsonl file of pairs, or a .jsonl.gz.
 
-    Where one of a pair is longer than `seq_len` ids, both lose their first exchanges, while these and the turn
-    that comes next are equal; a pair that is too long even so is left out.
+    Where one of a pair is longer than `seq_len` ids, both lose their first exchanges, while these and the
+    turn that comes next are equal; a pair that is too long even so is left out.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -79,22 +79,24 @@ def test_scores_equal_those_of_conversations_read_alone(
 ):
     """However many are read at a time; most are longer than several windows."""
     monkeypatch.setattr(scoring, "_TOKENS", tokens)
-    many = texts(40)
-    assert sum(len(one) > 2 * judge.config.window for one in many) > 20
+    many = texts(24)
+    assert sum(len(one) > 2 * judge.config.window for one in many) > 12
     expected = torch.tensor([alone(judge, one) for one in many])
     assert expected.std() > 1
     torch.testing.assert_close(scores(judge, many), expected, atol=2e-4, rtol=0)
 
 
-def test_a_score_tells_each_of_the_last_ids_and_none_of_a_neighbour(judge: RewardModel):
-    """The last id and one before it change a score; a conversation in the same row does not."""
+def test_a_score_is_about_the_last_ids_and_not_about_a_neighbour(judge: RewardModel):
+    """The last id and those before it change a score; a conversation in the same row does not."""
     one, other, third = texts(3, 20)
     first = scores(judge, [one, other])
     assert scores(judge, [one, third])[0] == pytest.approx(float(first[0]), abs=2e-4)
-    for place in (-1, -2, 1):
-        changed = list(other)
-        changed[place] = 700 - changed[place] + 110
-        assert abs(float(scores(judge, [one, changed])[1] - first[1])) > 1e-2
+    away = []
+    for place in range(1, len(other)):
+        changed = [*other[:place], 810 - other[place], *other[place + 1 :]]
+        away.append(abs(float(scores(judge, [one, changed])[1] - first[1])))
+    assert away[-1] > 0.1
+    assert max(away[:-1]) > 0.1
 
 
 def test_a_bos_that_a_policy_drew_does_not_hide_what_stands_before_it(judge: RewardModel):
@@ -168,9 +170,9 @@ def test_a_policy_is_at_no_distance_from_itself(policies: tuple[Gemma, Gemma], t
 def test_the_sampled_ratio_approaches_the_exact_kl_and_varies_more(
     policies: tuple[Gemma, Gemma], tokenizer: Tokenizer
 ):
-    asked = [(number, ["def f1():"]) for number in range(600)]
-    rolled = in_order(policies[0], tokenizer, asked, DRAW.but(max_tokens=5), 300)
-    found = log_ratios(*policies, rolled, 300)
+    asked = [(number, ["def f1():"]) for number in range(160)]
+    rolled = in_order(policies[0], tokenizer, asked, DRAW.but(max_tokens=4), 160)
+    found = log_ratios(*policies, rolled, 160)
     ratio, kl = found["log_ratio"], found["kl"]
     error = (ratio - kl).std() / len(kl) ** 0.5
     assert abs(ratio.mean() - kl.mean()) < 4 * error < 0.5 * kl.mean()
