@@ -83,7 +83,7 @@ def read_pairs(path: Path, tokenizer: Tokenizer, seq_len: int, config: PairsConf
     number = 0
     for number, line in _lines(path):
         try:
-            one, other = _sides(line)
+            one, other = sides(line)
             ids = [encode_conversation(tokenizer, side) for side in (one, other)]
             _require_new((one, other), number, seen)
         except ValueError as error:
@@ -120,7 +120,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
-def _sides(line: str) -> tuple[Messages, Messages]:
+def sides(line: str) -> tuple[Messages, Messages]:
     """The better and the worse conversation of a line."""
     try:
         record = json.loads(line)
