@@ -189,7 +189,8 @@ def _report(
         ]
         for row in rows
     ]
-    verdict = _verdict(gains, better)
+    right = "; ".join(f"{row['model']} {plus_minus(row['right'])}" for row in rows)
+    verdict = f"{_verdict(gains, better)} Right answers, the truth behind the reward: {right}."
     data = {
         "study": "merging", "seeds": list(seeds), "rows": rows, "verdict": verdict,
         "warp_less_long_run_at_equal_kl": gains, "watched_over_the_parents": better, "roads": roads,

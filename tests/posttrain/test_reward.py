@@ -310,6 +310,7 @@ run(RewardConfig.model_validate_json(config), Path(out), Path(student), Path(pai
 """
 
 
+@pytest.mark.slow
 def test_killed_at_its_second_member_an_average_goes_on_to_the_same_bits_and_cards(
     student: Path, preferences: Path, averaged: Path, tmp_path: Path
 ):

@@ -233,6 +233,7 @@ run(RlhfConfig.model_validate_json(sys.argv[1]), *map(Path, sys.argv[2:6]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits_its_moving_anchor_too(
     student: Path, judge: Path, prompts: Path, tmp_path: Path
 ):
