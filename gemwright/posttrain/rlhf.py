@@ -36,7 +36,7 @@ from gemwright.posttrain.drawn import PromptOrder, batches_of_drawn
 from gemwright.posttrain.sft import require_room
 from gemwright.reward.scoring import log_ratios, measure, scores, shape
 from gemwright.run import Card, RunFolder, run_stage, say
-from gemwright.tokenizer.tokenizer import SPECIAL, Tokenizer, require_same_tokenizer
+from gemwright.tokenizer.tokenizer import Tokenizer, require_same_tokenizer
 from gemwright.train import resume
 from gemwright.train.loop import Batch, NonFiniteError, TrainConfig, train
 from gemwright.train.teacher import next_token
@@ -164,7 +164,9 @@ class _Run:
         parts = batches_of_drawn(drawn, weights, config.train, self.policy.device)
         sums = {name: float(told[name].sum()) for name in ("reward", "kl", "entropy", "tokens", "finished")}
         return [
-            part._replace(count=float((part.ids == SPECIAL["<bos>"]).sum()), known={} if number else sums)
+            part._replace(count=0.0, known={})
+            if number
+            else part._replace(count=float(len(drawn)), known=sums)
             for number, part in enumerate(parts)
         ]
 

@@ -35,7 +35,7 @@ CONFIG = RewardConfig.parse(
         "pairs": {"held_back": 3},
     }
 )  # fmt: skip
-AVERAGE = CONFIG.but(**{"average": 3, "train.steps": 7})
+AVERAGE = CONFIG.but(**{"average": 3, "train.steps": 7, "train.batch_size": 4})
 
 
 def written(path: Path, count: int, first: int = 0) -> Path:
@@ -213,7 +213,9 @@ def test_from_a_head_of_nothing_accuracy_on_held_back_pairs_rises(
     student: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(stage, "linear_probe", lambda model, pairs: torch.zeros(1, 32))
-    found = run(CONFIG.but(**{"train.steps": 25}), tmp_path / "out", student, preferences).results
+    found = run(
+        CONFIG.but(**{"train.steps": 15, "train.optim.lr": 1e-2}), tmp_path / "out", student, preferences
+    ).results
     assert found["accuracy_before"] == 0.5
     assert found["accuracy_low"] > 0.7
 
