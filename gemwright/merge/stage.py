@@ -39,7 +39,7 @@ class MergeConfig(Config):
     eta: float = Field(default=1.0, ge=0, le=1)
     """How far to go from the base to the merged model: 1 all the way. WARP's is 0.3."""
     dtype: Precision | None = None
-    """The number format that is written; None: the widest of the models'."""
+    """The number format that is written; None: the one that all models have, or fp32 where they differ."""
     max_shard_bytes: PositiveInt = MAX_SHARD_BYTES
     """Most bytes of a file."""
 

@@ -55,7 +55,8 @@ def merge(
         float, typer.Option("--eta", min=0, max=1, help="How far to go from the base to the merged model.")
     ] = 1.0,
     dtype: Annotated[
-        Numbers | None, typer.Option("--dtype", help="Number format to write; the models' widest.")
+        Numbers | None,
+        typer.Option("--dtype", help="Number format to write; the models', fp32 where they differ."),
     ] = None,
     settings: Set = None,
     fresh: Fresh = False,
