@@ -50,7 +50,7 @@ class Bench:
         if compiled:
             self.model.compile_layers()
         self.ids = torch.randint(300, config.vocab_size, (windows, seq_len))
-        self.places = packed(self.ids, bos_id=2)
+        self.places = packed(self.ids == 2)
 
     @torch.no_grad()
     def bare(self) -> None:
@@ -140,7 +140,7 @@ def train_ratio(targets: Targets, rounds: int) -> float:
     model = Gemma(config)
     optimizer = adamw(model, OptimConfig(lr=1e-4))
     ids = torch.randint(300, config.vocab_size, (laptop.BATCH, laptop.SEQ_LEN))
-    places, next_ids = packed(ids, bos_id=2), ids.roll(-1, 1).flatten()
+    places, next_ids = packed(ids == 2), ids.roll(-1, 1).flatten()
     ones, order = torch.ones(ids.numel()), np.random.default_rng(0)
 
     def update(stored: bool) -> None:

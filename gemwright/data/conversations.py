@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, UInt64
 from torch import Tensor
 
 from gemwright.config import Config
@@ -149,6 +149,12 @@ class Conversations:
         """What the targets of these rows count: 0 for what the model does not say itself, and for padding."""
         return torch.from_numpy(self._rows(self._weights, numbers, 0)[:, 1:])
 
+    def begun(self, numbers: UInt64[np.ndarray, " N"]) -> Bool[Tensor, "N {self.seq_len+1}"]:
+        """Where a conversation begins in these rows."""
+        flags = np.zeros(len(self._ids), bool)
+        flags[self._starts[:-1]] = True
+        return torch.from_numpy(self._rows(flags, numbers, 0))
+
     def all(self, batch_size: int) -> Iterator[tuple[Int[Tensor, "N T1"], Float[Tensor, "N T"]]]:
         """Every row once, with its weights; the last batch may be short."""
         index = self.in_order()
@@ -178,14 +184,15 @@ class Conversations:
 
 def pack(
     examples: Sequence[Example], seq_len: int
-) -> tuple[Int[Tensor, "R {seq_len+1}"], Float[Tensor, "R {seq_len}"]]:
-    """A few conversations in as few rows as they need, and the weights of the rows' targets.
+) -> tuple[Int[Tensor, "R {seq_len+1}"], Float[Tensor, "R {seq_len}"], Bool[Tensor, "R {seq_len+1}"]]:
+    """A few conversations in as few rows as they need, the weights of the targets, and where each begins.
 
     Raises:
         ValueError: one is longer than a row.
     """
     packed = _packed(examples, seq_len)
-    return packed.take(packed.in_order()), packed.weights(packed.in_order())
+    rows = packed.in_order()
+    return packed.take(rows), packed.weights(rows), packed.begun(rows)
 
 
 def pack_whole(

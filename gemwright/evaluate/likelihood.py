@@ -26,7 +26,7 @@ def nats_per_token(model: Gemma, windows: Windows | Conversations, batch_size: i
             ids = rows[:, :-1].contiguous()
             total += float(
                 dense.cross_entropy(
-                    model.hidden(ids, packed(ids, SPECIAL["<bos>"])).flatten(0, 1), model.unembedding,
+                    model.hidden(ids, packed(ids == SPECIAL["<bos>"])).flatten(0, 1), model.unembedding,
                     rows[:, 1:].flatten(), weights.flatten(), cap=model.config.final_softcap,
                 )
             )  # fmt: skip

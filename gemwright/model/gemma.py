@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gemwright.device import can_compile
@@ -309,8 +309,7 @@ def _twin(module: Any) -> Any:
     return twin
 
 
-def packed(ids: Int[Tensor, "B T"], bos_id: int) -> Places:
-    """The places of a packed batch: a document starts at each <bos> (and row), positions count from there."""
-    starts = ids == bos_id
-    index = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+def packed(starts: Bool[Tensor, "B T"]) -> Places:
+    """The places of a packed batch, told where documents start; positions count from there."""
+    index = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
     return Places(index - torch.where(starts, index, 0).cummax(1).values, starts.cumsum(1))

@@ -60,6 +60,8 @@ def batches_of_drawn(
 ) -> list[Batch]:  # fmt: skip
     """Conversations packed into rows, and these into portions. What a row cannot hold of one is cut off.
 
+    A `<bos>` that a model drew is a token of its reply, and begins nothing.
+
     Args:
         weights: of each conversation, what each of its ids counts as a target.
     """
@@ -68,9 +70,9 @@ def batches_of_drawn(
         (one.ids[:most], [float(weight) for weight in those[:most]])
         for one, those in zip(drawn, weights, strict=True)
     ]
-    rows, row_weights = pack(examples, config.seq_len)
-    few = config.micro_batch_size or len(rows)
+    packed = pack(examples, config.seq_len)
+    parts = zip(*(one.split(config.micro_batch_size or len(one)) for one in packed), strict=True)
     return [
-        make_batch(part, SPECIAL["<bos>"], device, weights=w)
-        for part, w in zip(rows.split(few), row_weights.split(few), strict=True)
+        make_batch(rows, SPECIAL["<bos>"], device, weights=counted, starts=begun)
+        for rows, counted, begun in parts
     ]

@@ -150,7 +150,7 @@ def pair_batch(pairs: Sequence[Pair], seq_len: int, device: torch.device | str =
     targets[row, column] = torch.stack((number, -number), 1).flatten()
     weights[row[::2], column[::2]] = 1.0
     rows = rows.to(device)
-    return Batch(rows, targets.to(device), weights.to(device), packed(rows, SPECIAL["<bos>"]))
+    return Batch(rows, targets.to(device), weights.to(device), packed(rows == SPECIAL["<bos>"]))
 
 
 def preference(model: Gemma, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, float]]:

@@ -45,7 +45,7 @@ class WarpConfig(Config):
     """One policy's training. Its `mu` moves the anchor."""
     policies: PositiveInt = 2
     """M: policies an iteration. WARP's is 2."""
-    iterations: PositiveInt = 2
+    iterations: PositiveInt = 3
     """I. WARP has 5, and finds that gains stop at 3."""
     eta: float = Field(default=0.3, gt=0, le=1)
     """How far the next start goes towards the merged policy. WARP's is 0.3."""

@@ -43,9 +43,9 @@ def states(model: Gemma, texts: Sequence[Sequence[int]]) -> Float[Tensor, "N D"]
             taken = order[start : start + few]
             rows, ends = pack_whole([texts[number] for number in taken], len(texts[taken[-1]]))
             rows, (row, column) = rows.to(model.device), ends.to(model.device).T
-            starts = torch.zeros_like(rows)  # not where a <bos> stands: a policy may have drawn one
-            starts[row, column + 1 - torch.tensor([len(texts[number]) for number in taken]).to(row)] = 1
-            hidden = model.hidden(rows, packed(starts, 1))
+            starts = torch.zeros_like(rows, dtype=torch.bool)  # not at a <bos>: a policy may have drawn one
+            starts[row, column + 1 - torch.tensor([len(texts[number]) for number in taken]).to(row)] = True
+            hidden = model.hidden(rows, packed(starts))
             found[taken] = hidden[row, column].float().cpu()
     return found
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, UInt64
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -94,15 +94,18 @@ def make_batch(
     device: torch.device | str = "cpu",
     numbers: UInt64[np.ndarray, " B"] | None = None,
     weights: Float[Tensor, "B T"] | None = None,
+    starts: Bool[Tensor, "B T1"] | None = None,
 ) -> Batch:
     """Rows of T + 1 tokens -> inputs, targets, their weights and the places of the packed documents.
 
-    Without `weights` every target counts 1, but `<pad>` and the `<bos>` of another document.
+    Without `weights` every target counts 1, but `<pad>` and the `<bos>` of another document. Without `starts`
+    a document starts at each `<bos>`.
     """
     rows = rows.to(device)
     ids = rows[:, :-1].contiguous()
     weights = target_weights(rows) if weights is None else weights.to(device)
-    return Batch(ids, rows[:, 1:].contiguous(), weights, packed(ids, bos_id), numbers)
+    begun = ids == bos_id if starts is None else starts[:, :-1].to(device)
+    return Batch(ids, rows[:, 1:].contiguous(), weights, packed(begun), numbers)
 
 
 def batches_of(

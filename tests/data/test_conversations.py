@@ -144,7 +144,7 @@ def test_every_conversation_is_in_one_row_and_whole(tokenizer: Tokenizer, tmp_pa
 def test_rows_are_nearly_full():
     draw = random.Random(0)
     lengths = [min(1024, int(draw.lognormvariate(4.5, 0.9)) + 2) for _ in range(4000)]
-    rows, weights = pack([([2] + [200] * (n - 1), [1.0] * n) for n in lengths], 1023)
+    rows, weights, _ = pack([([2] + [200] * (n - 1), [1.0] * n) for n in lengths], 1023)
     assert int((rows != 0).sum()) == sum(lengths)
     assert int(weights.sum()) == sum(lengths) - len(rows)  # the first id of a row is no target
     assert sum(lengths) / rows.numel() > 0.99
@@ -158,10 +158,10 @@ def test_a_changed_neighbour_changes_no_logit(tiny: GemmaConfig):
     other = [2, *torch.randint(108, 700, (19,)).tolist()]
 
     def logits(*examples: list[int]) -> torch.Tensor:
-        (row,), _ = pack([(ids, [1.0] * len(ids)) for ids in examples], 62)
+        (row,), _, _ = pack([(ids, [1.0] * len(ids)) for ids in examples], 62)
         ids = row[None, :-1]
         with torch.no_grad():
-            return model(ids, packed(ids, 2))[0]
+            return model(ids, packed(ids == 2))[0]
 
     together, changed = logits(*parts), logits(parts[0], other, parts[2])
     for place, part in ((0, parts[0]), (40, parts[2])):

@@ -66,7 +66,7 @@ def test_nats_a_token_are_the_mean_cross_entropy_of_real_targets(model: Gemma, w
     total, count = 0.0, 0.0
     with torch.no_grad():
         for rows, _ in windows.all(3):
-            logits = model(rows[:, :-1].contiguous(), packed(rows[:, :-1].contiguous(), 2)).double()
+            logits = model(rows[:, :-1].contiguous(), packed(rows[:, :-1] == 2)).double()
             nats = -logits.log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
             weights = target_weights(rows)
             total, count = total + float((nats * weights).sum()), count + float(weights.sum())

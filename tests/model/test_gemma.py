@@ -156,7 +156,7 @@ def test_a_norm_in_bf16_adds_one_in_fp32():
 
 
 def test_packed_counts_positions_from_each_bos_and_from_each_row():
-    places = packed(torch.tensor([[BOS, 9, 9, BOS, 9, BOS], [9, 9, BOS, 9, 9, 9]]), BOS)
+    places = packed(torch.tensor([[BOS, 9, 9, BOS, 9, BOS], [9, 9, BOS, 9, 9, 9]]) == BOS)
     assert places.position.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
     assert places.document.tolist() == [[1, 1, 1, 2, 2, 3], [0, 0, 1, 1, 1, 1]]
 
@@ -169,7 +169,7 @@ def rows_of(*lengths: int) -> list[Tensor]:
 def test_packed_documents_have_the_logits_they_have_alone():
     model, parts = gemma(), rows_of(7, 3, 11, 1)
     row = torch.cat(parts)[None]
-    together = model(row, packed(row, BOS))[0].split([len(part) for part in parts])
+    together = model(row, packed(row == BOS))[0].split([len(part) for part in parts])
     for logits, part in zip(together, parts, strict=True):
         torch.testing.assert_close(logits, model(part[None])[0], rtol=1e-4, atol=1e-4)
 
@@ -178,11 +178,11 @@ def test_packed_documents_have_the_logits_they_have_alone():
 def test_a_neighbouring_document_changes_no_logit(changed: int):
     model, parts = gemma(), rows_of(7, 6, 8)
     row = torch.cat(parts)[None]
-    before = model(row, packed(row, BOS))[:, 7:13]
+    before = model(row, packed(row == BOS))[:, 7:13]
     parts[changed][1:] = (parts[changed][1:] + 5) % 30 + 4
     other = torch.cat(parts)[None]
     assert not torch.equal(row, other)
-    assert torch.equal(model(other, packed(other, BOS))[:, 7:13], before)
+    assert torch.equal(model(other, packed(other == BOS))[:, 7:13], before)
 
 
 def test_the_future_changes_no_logit():

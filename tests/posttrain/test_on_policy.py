@@ -2,11 +2,6 @@
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from gemwright.generate.rollout import rollouts
+from gemwright.generate.rollout import Rollout, rollouts
 from gemwright.losses.divergence import forward_kl, generalized_jsd, reverse_kl
 from gemwright.model import checkpoint
 from gemwright.model.gemma import Gemma
 from gemwright.posttrain import drawn, on_policy
-from gemwright.posttrain.drawn import PromptOrder
+from gemwright.posttrain.drawn import PromptOrder, batches_of_drawn
 from gemwright.posttrain.on_policy import OnPolicyConfig, run
 from gemwright.run import read_card, read_metrics
 from gemwright.tokenizer.chat import encode_prompt
@@ -27,6 +22,7 @@ from gemwright.tokenizer.tokenizer import Tokenizer
 from gemwright.train.loop import Batch, TrainConfig
 from gemwright.train.optim import OptimConfig
 from gemwright.train.teacher import ObjectiveConfig, Teacher, distillation
+from tests.posttrain.killed import kill
 
 CONFIG = OnPolicyConfig.parse(
     {
@@ -38,14 +34,6 @@ CONFIG = OnPolicyConfig.parse(
         "max_batch": 4,
     }
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    records = [{"id": f"p{n}", "turns": [f"def f{n}():", "and then"][: 1 + n % 2]} for n in range(60)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +154,15 @@ def test_with_a_share_below_one_the_other_updates_are_on_answers(
     assert len(set(kinds[0.5])) == 2
 
 
+def test_a_bos_that_was_drawn_begins_no_conversation():
+    """The longer of two in a row has one inside: only its own start, and the other's, are read from."""
+    one = Rollout(("a",), (), (2, 9, 2, 9), (False, True, True, True), complete=True)
+    other = Rollout(("b",), (), (2, 9, 107), (False, True, True), complete=True)
+    (batch,) = batches_of_drawn([other, one], [other.mask, one.mask], CONFIG.train)
+    assert batch.places.position[0, :7].tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch.weights[0, :7].tolist() == [1, 1, 1, 0, 1, 1, 0]
+
+
 @pytest.mark.parametrize(("share", "given"), [(0.5, False), (1.0, True)])
 def test_answers_and_a_share_below_one_go_together(
     student: Path, teacher_folder: Path, prompts: Path, answers: Path, tmp_path: Path, share: float,
@@ -231,31 +228,22 @@ def test_an_empty_reply_is_graded_at_its_end_alone(
     assert card.results["tokens_a_reply_before"] == 0
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from gemwright.posttrain.on_policy import OnPolicyConfig, run
-config, out, student, teacher, prompts = sys.argv[1:]
-run(OnPolicyConfig.model_validate_json(config), Path(out), Path(student), Path(teacher), Path(prompts))
-"""
-
-
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(
     student: Path, teacher_folder: Path, prompts: Path, tmp_path: Path
 ):
     config = CONFIG.but(**{"train.steps": 12})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(config, whole, student, teacher_folder, prompts)
-    command = [sys.executable, "-c", KILLED, config.model_dump_json()]
-    process = subprocess.Popen(
-        [*command, *map(str, (killed, student, teacher_folder, prompts))],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GEMWRIGHT_COMPILE": "0"}, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while len(read_metrics(killed)) < 3:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill(
+        "on_policy",
+        config,
+        killed,
+        student,
+        teacher_folder,
+        prompts,
+        when=lambda: len(read_metrics(killed)) >= 3,
+    )
     assert not read_card(killed).finished
     run(config, killed, student, teacher_folder, prompts)
     assert [row["step"] for row in read_metrics(killed)] == list(range(1, 13))

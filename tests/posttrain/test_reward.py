@@ -1,12 +1,7 @@
 """The reward model: Bradley and Terry's loss, a head that begins as a probe, and runs that learn."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +20,7 @@ from gemwright.run import read_card, read_metrics
 from gemwright.tokenizer.tokenizer import Tokenizer
 from gemwright.train import resume
 from gemwright.train.optim import adamw
+from tests.posttrain.killed import kill
 
 CONFIG = RewardConfig.parse(
     {
@@ -303,15 +299,6 @@ def test_members_differ_in_order_and_rate_and_the_card_tells_how_good_each_is(
     assert own.items() <= card.results.items()
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from gemwright.posttrain.reward import RewardConfig, run
-config, out, student, pairs = sys.argv[1:]
-run(RewardConfig.model_validate_json(config), Path(out), Path(student), Path(pairs))
-"""
-
-
 @pytest.mark.slow
 def test_killed_at_its_second_member_an_average_goes_on_to_the_same_bits_and_cards(
     student: Path, preferences: Path, averaged: Path, tmp_path: Path
@@ -319,15 +306,7 @@ def test_killed_at_its_second_member_an_average_goes_on_to_the_same_bits_and_car
     """The member that was done stays as it is, and the one that was not goes on from its state."""
     out = tmp_path / "out"
     first, second, _ = members(out)
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, AVERAGE.model_dump_json(), *map(str, (out, student, preferences))],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GEMWRIGHT_COMPILE": "0"}, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while len(read_metrics(second)) < 2:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill("reward", AVERAGE, out, student, preferences, when=lambda: len(read_metrics(second)) >= 2)
     done = (first / "card.json").read_bytes()
     assert not read_card(second).finished
     assert not read_card(out).finished

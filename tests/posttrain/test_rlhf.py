@@ -1,12 +1,6 @@
 """RLHF: the gradient is REINFORCE's, the optimum is the known one, and what goes wrong says so."""
 
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +20,7 @@ from gemwright.tokenizer.chat import encode_prompt
 from gemwright.tokenizer.tokenizer import Tokenizer
 from gemwright.train.loop import NonFiniteError
 from gemwright.train.teacher import next_token
+from tests.posttrain.killed import kill
 
 CONFIG = RlhfConfig.parse(
     {
@@ -37,26 +32,6 @@ CONFIG = RlhfConfig.parse(
         "sampling": {"temperature": 1.0, "max_tokens": 8, "seed": 3},
     }
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    records = [{"id": f"p{n}", "turns": [f"def f{n}():", "and then"][: 1 + n % 2]} for n in range(60)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-@pytest.fixture(scope="module")
-def judge(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reward model that likes something, no matter what."""
-    folder = tmp_path_factory.mktemp("judge")
-    model = RewardModel.of(checkpoint.load(teacher_folder))
-    torch.manual_seed(5)
-    torch.nn.init.normal_(model.score.weight)
-    checkpoint.save(model, folder)
-    Tokenizer.load(teacher_folder).save(folder)
-    return folder
 
 
 def test_an_advantage_is_what_a_reply_has_over_the_mean_of_the_others():
@@ -225,14 +200,6 @@ def test_a_reward_model_of_another_tokenizer_is_refused(
         run(CONFIG, tmp_path / "out", student, other, prompts)
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from gemwright.posttrain.rlhf import RlhfConfig, run
-run(RlhfConfig.model_validate_json(sys.argv[1]), *map(Path, sys.argv[2:6]))
-"""
-
-
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits_its_moving_anchor_too(
     student: Path, judge: Path, prompts: Path, tmp_path: Path
@@ -240,16 +207,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_its_moving_anchor_too(
     config = CONFIG.but(**{"train.steps": 10, "train.validate_every": 10, "mu": 0.3, "beta": 1.0})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(config, whole, student, judge, prompts)
-    command = [sys.executable, "-c", KILLED, config.model_dump_json()]
-    process = subprocess.Popen(
-        [*command, *map(str, (killed, student, judge, prompts))],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GEMWRIGHT_COMPILE": "0"}, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while len(read_metrics(killed)) < 5:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill("rlhf", config, killed, student, judge, prompts, when=lambda: len(read_metrics(killed)) >= 5)
     assert not read_card(killed).finished
     run(config, killed, student, judge, prompts)
     assert [row["step"] for row in read_metrics(killed)] == list(range(11))

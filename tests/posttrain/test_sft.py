@@ -1,11 +1,6 @@
 """SFT: a checkpoint learns to answer, from the next token or from a teacher, and nothing of the questions."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +16,7 @@ from gemwright.model.gemma import Gemma
 from gemwright.posttrain.sft import SftConfig, _stored, run
 from gemwright.run import read_card, read_metrics
 from gemwright.tokenizer.tokenizer import Tokenizer
+from tests.posttrain.killed import kill
 
 CONFIG = SftConfig.parse(
     {
@@ -103,7 +99,7 @@ def test_distilled_it_comes_nearer_to_the_teacher_than_by_the_next_token(
 
     def away(folder: Path) -> float:
         with torch.no_grad():
-            teacher, other = (checkpoint.load(one)(ids, packed(ids, 2)) for one in (teacher_folder, folder))
+            teacher, other = (checkpoint.load(one)(ids, packed(ids == 2)) for one in (teacher_folder, folder))
         return float(forward_kl(teacher[weights], other[weights]).mean())
 
     run(CONFIG, tmp_path / "plain", student, chats)
@@ -217,27 +213,10 @@ def test_epochs_take_as_many_updates_as_they_need(student: Path, chats: Path, tm
     assert len(read_metrics(tmp_path / "out")) == steps
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from gemwright.posttrain.sft import SftConfig, run
-config, out, student, chats = sys.argv[1:]
-run(SftConfig.model_validate_json(config), Path(out), Path(student), Path(chats))
-"""
-
-
 def test_a_killed_run_goes_on_to_the_same_bits(student: Path, chats: Path, tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(CONFIG, whole, student, chats)
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, CONFIG.model_dump_json(), *map(str, (killed, student, chats))],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GEMWRIGHT_COMPILE": "0"}, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while len(read_metrics(killed)) < 12:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill("sft", CONFIG, killed, student, chats, when=lambda: len(read_metrics(killed)) >= 12)
     assert not read_card(killed).finished
     run(CONFIG, killed, student, chats)
     assert [row["step"] for row in read_metrics(killed)] == list(range(1, 31))

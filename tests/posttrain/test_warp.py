@@ -1,6 +1,5 @@
 """WARP: with nothing to merge it is RLHF, and its line runs from the start to the merged policies."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,11 @@ import torch
 
 from gemwright.merge import coefficients
 from gemwright.model import checkpoint
-from gemwright.model.gemma import RewardModel
 from gemwright.posttrain import rlhf, warp
 from gemwright.posttrain.rlhf import RlhfConfig
 from gemwright.posttrain.warp import WarpConfig
-from gemwright.run import Card, read_card
-from gemwright.tokenizer.tokenizer import Tokenizer
+from gemwright.run import Card, read_card, read_metrics
+from tests.posttrain.killed import kill
 
 ONE = RlhfConfig.parse(
     {
@@ -27,30 +25,12 @@ ONE = RlhfConfig.parse(
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"id": f"p{n}", "turns": [f"def f{n}():"]}) + "\n" for n in range(80)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def judge(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("judge")
-    model = RewardModel.of(checkpoint.load(teacher_folder))
-    torch.manual_seed(5)
-    torch.nn.init.normal_(model.score.weight)
-    checkpoint.save(model, folder)
-    Tokenizer.load(teacher_folder).save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def made(
     student: Path, judge: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Card]:
     """Two policies, two iterations."""
     out = tmp_path_factory.mktemp("warp") / "out"
-    config = WarpConfig(rlhf=ONE.but(mu=0.1), front=(0.0, 0.5, 1.0))
+    config = WarpConfig(rlhf=ONE.but(mu=0.1), iterations=2, front=(0.0, 0.5, 1.0))
     return out, warp.run(config, out, student, judge, prompts)
 
 
@@ -111,22 +91,20 @@ def test_policies_tell_their_distance_from_the_very_first_model(made: tuple[Path
     assert card.results["before"]["kl"] > 0, "the second iteration begins elsewhere"
 
 
-def test_what_was_finished_before_it_broke_off_is_not_done_again(
-    student: Path, judge: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_killed_in_its_second_policy_it_goes_on_to_the_same_bits_and_repeats_nothing(
+    student: Path, judge: Path, prompts: Path, tmp_path: Path
 ):
-    config = WarpConfig(rlhf=ONE, policies=2, iterations=1, front=(1.0,))
-    plain = rlhf.run
-
-    def broken(config: RlhfConfig, out: Path, *others: object, **more: object) -> Card:
-        if out.name == "policy1":
-            raise KeyboardInterrupt
-        return plain(config, out, *others, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(rlhf, "run", broken)
-    with pytest.raises(KeyboardInterrupt):
-        warp.run(config, tmp_path / "out", student, judge, prompts)
-    first = tmp_path / "out/iterations/0/policy0/model.safetensors"
-    before = first.stat().st_mtime_ns
-    monkeypatch.setattr(rlhf, "run", plain)
-    assert warp.run(config, tmp_path / "out", student, judge, prompts).finished
-    assert first.stat().st_mtime_ns == before
+    one = ONE.but(mu=0.3, samples=6, **{"train.steps": 5, "train.optim.lr": 3e-4})
+    config = WarpConfig(rlhf=one, iterations=2, front=(1.0,))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    warp.run(config, whole, student, judge, prompts)
+    first, second = (killed / f"iterations/0/policy{number}" for number in range(2))
+    kill("warp", config, killed, student, judge, prompts, when=lambda: len(read_metrics(second)) >= 3)
+    assert not read_card(killed).finished
+    assert not read_card(second).finished
+    before = first.joinpath("model.safetensors").stat().st_mtime_ns
+    assert warp.run(config, killed, student, judge, prompts).finished
+    assert first.joinpath("model.safetensors").stat().st_mtime_ns == before
+    assert [row["step"] for row in read_metrics(second)] == list(range(6))
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
