@@ -82,7 +82,7 @@ def long_run(seed: int) -> RlhfConfig:
     return RlhfConfig(
         train=TrainConfig(
             steps=POLICIES * ITERATIONS * STEPS, batch_size=8, seq_len=SEQ_LEN,
-            optim=OptimConfig(lr=1e-3, warmup_steps=10), validate_every=50, save_every=100, seed=seed,
+            optim=OptimConfig(lr=5e-4, warmup_steps=10), validate_every=50, save_every=100, seed=seed,
             compile=False,
         ),
         samples=4, beta=0.1, sampling=Sampling(temperature=1.0, max_tokens=TOKENS), measured_samples=4,
