@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
+from gemwright.ablate.page import Finding, Plot
+from gemwright.ablate.verdict import Claim, overall
 from gemwright.config import Config
 from gemwright.evaluate.answers import read_asked
 from gemwright.generate.sampling import Sampling
@@ -23,11 +25,12 @@ from gemwright.merge import stage as merging
 from gemwright.merge.stage import MergeConfig
 from gemwright.model import checkpoint
 from gemwright.posttrain.rlhf import WATCHED
-from gemwright.recipes import questions
-from gemwright.recipes.laptop_full import HELD_OUT
-from gemwright.report import Report, Series, mean_std, plus_minus, text_table
+from gemwright.recipes.base import Base
+from gemwright.recipes.laptop_full import questions
+from gemwright.recipes.laptop_full.stages import HELD_OUT
+from gemwright.report import Series, mean_std, plus_minus
 from gemwright.reward.scoring import measure
-from gemwright.run import RunFolder, read_card, read_metrics, run_stage
+from gemwright.run import Card, RunFolder, read_card, read_metrics, run_stage
 from gemwright.tokenizer.tokenizer import Tokenizer
 
 MODELS = {
@@ -63,8 +66,18 @@ class MergingConfig(Config):
     """Of the draws."""
 
 
-def run(config: MergingConfig, runs: Path, out: Path) -> Path:
-    """Merge, measure, and write `report.html` and `report.json` into `out`; returns the page's path.
+def find(base: Base, seeds: Sequence[int], home: Path) -> Finding:
+    """The study of a recipe's finished long form, which lies beside the recipe's folder: `ROOT-full`.
+
+    Seeds are those that the long form has; errors as `run`.
+    """
+    root = base.root
+    runs = root if (root / "warp").exists() else root.with_name(f"{root.name.removesuffix('-full')}-full")
+    return run(MergingConfig(), runs, home / "merging-models")
+
+
+def run(config: MergingConfig, runs: Path, out: Path) -> Finding:
+    """Merge and measure the models of a long form in `runs`; what is made lies in `out`.
 
     Raises:
         FileNotFoundError: `runs` is no finished long form of the laptop recipe.
@@ -78,7 +91,7 @@ def run(config: MergingConfig, runs: Path, out: Path) -> Path:
         parents = [runs / MODELS[name].format(seed=seed) for name in _PARENTS]
         merging.run(MergeConfig(method="linear"), out / "average" / seed, parents)
     card = _measured(config, runs, out, seeds)
-    return _report(out, card.results["models"], {s: _roads(runs, s) for s in seeds}, seeds, card.code)
+    return _finding(card, {s: _roads(runs, s) for s in seeds}, seeds)
 
 
 def _places(runs: Path, out: Path, seed: str) -> dict[str, Path]:
@@ -88,7 +101,7 @@ def _places(runs: Path, out: Path, seed: str) -> dict[str, Path]:
     }
 
 
-def _measured(config: MergingConfig, runs: Path, out: Path, seeds: Sequence[str]) -> Any:
+def _measured(config: MergingConfig, runs: Path, out: Path, seeds: Sequence[str]) -> Card:
     """The stage that asks every model the held-out questions."""
 
     def work(folder: RunFolder) -> dict[str, Any]:
@@ -155,88 +168,68 @@ def apart(roads: Mapping[str, Sequence[Mapping[str, float]]], key: str) -> list[
     return (ours - theirs).tolist()
 
 
-def _report(
-    out: Path, models: Mapping[str, Any], roads: Mapping[str, Any], seeds: Sequence[str],
-    code: Mapping[str, str],
-) -> Path:  # fmt: skip
+def _finding(card: Card, roads: Mapping[str, Any], seeds: Sequence[str]) -> Finding:
+    models = card.results["models"]
+    values = {
+        name: {COLUMNS[key]: [models[name][seed][key] for seed in seeds] for key in COLUMNS}
+        for name in MODELS
+    }
     rows: list[dict[str, Any]] = []
     for name in MODELS:
-        stats = {key: mean_std([models[name][seed][key] for seed in seeds]) for key in COLUMNS}
+        stats = {key: mean_std(values[name][told]) for key, told in COLUMNS.items()}
         rows.append({"model": name, **stats, "kl": stats["kl"]["mean"], "kl_std": stats["kl"]["std"]})
+    parents = {
+        told: [sum(pair) / 2 for pair in zip(*(values[one][told] for one in _PARENTS), strict=True)]
+        for told in COLUMNS.values()
+    }
     gains = {
-        key: mean_std([float(np.mean(apart(roads[seed], key))) for seed in seeds])
-        for key in ("reward", WATCHED)
+        told: [float(np.mean(apart(roads[seed], key))) for seed in seeds]
+        for key, told in (("reward", COLUMNS["reward"]), (WATCHED, COLUMNS[WATCHED]))
     }
-    better = {
-        name: mean_std(
-            [
-                models[name][seed][WATCHED] - float(np.mean([models[p][seed][WATCHED] for p in _PARENTS]))
-                for seed in seeds
-            ]
-        )
-        for name in ("their average", "their SLERP", "WARP")
-    }
-    header = ["", *COLUMNS.values()]
-    table = [
-        [
-            row["model"],
-            *(
-                plus_minus({"mean": row["kl"], "std": row["kl_std"], "seeds": len(seeds)})
-                if key == "kl"
-                else plus_minus(row[key])
-                for key in COLUMNS
-            ),
-        ]
-        for row in rows
+    nothing = {told: [0.0] * len(seeds) for told in gains}
+    compared = values | {"the mean policy": parents, "WARP's line": gains, "the long run's": nothing}
+    watched, right = COLUMNS[WATCHED], COLUMNS["right"]
+    claims = [
+        *(
+            Claim(name, "the mean policy", watched, lower=False)
+            for name in ("their average", "their SLERP", "WARP")
+        ),
+        Claim("WARP's line", "the long run's", COLUMNS["reward"], lower=False),
+        Claim("WARP's line", "the long run's", watched, lower=False),
+        Claim("WARP", "SFT, the start", right, lower=False),
+        Claim("one long run", "SFT, the start", right, lower=False),
     ]
-    right = "; ".join(f"{row['model']} {plus_minus(row['right'])}" for row in rows)
-    verdict = f"{_verdict(gains, better)} Right answers, the truth behind the reward: {right}."
-    data = {
-        "study": "merging", "seeds": list(seeds), "rows": rows, "verdict": verdict,
-        "warp_less_long_run_at_equal_kl": gains, "watched_over_the_parents": better, "roads": roads,
-        "code": dict(code), "table": f"{text_table(header, table)}\n\n{verdict}",
-    }  # fmt: skip
-    page = Report("What merging gains", data)
-    page.text(
-        f"{len(seeds)} seeds, mean ± standard deviation; every model answered the same held-out questions "
-        "with the same draws. No policy was trained for the watched reward, and `right` is the truth itself."
-    )
-    page.table(header, table)
-    page.text(verdict)
-    page.heading("Reward at a distance")
-    for key in ("reward", WATCHED):
-        lines = [
-            Series(f"{road}, {seed}", [p["kl"] for p in points], [p[key] for p in points])
-            for seed in seeds
-            for road, points in roads[seed].items()
-        ]
-        page.plot(
-            lines, x="KL from the start, nats a conversation", y=COLUMNS[key],
-            caption="On prompts held back. WARP: the line from its end to the start; the run: as it went.",
-        )  # fmt: skip
-    page.text(
-        "WARP (arXiv 2406.16768) finds its line above the single run's at every distance, SLERP above the "
-        "average in reward, and gains that stop at the third iteration; at 7B and with thousands of updates. "
-        "Compare directions, not sizes.",
-        note=True,
-    )
-    return page.write(out)
+    judged = [claim.judged(compared) for claim in claims]
+    table = [[row["model"], *(_cell(row, key, len(seeds)) for key in COLUMNS)] for row in rows]
+    return Finding(
+        study="merging",
+        title="What merging gains",
+        question="Two policies of WARP's first iteration, their average and SLERP, WARP's end, and one long "
+        "run of as many updates. Every model answered the same held-out questions with the same draws. No "
+        "policy was trained for the watched reward, and `right` is the truth behind both.",
+        header=["", *COLUMNS.values()], table=table, rows=rows, report={}, claims=judged,
+        verdict=overall(judged), seeds=list(seeds), seconds=card.seconds, code=card.code,
+        plots=[
+            Plot(
+                "KL from the start, nats a conversation", COLUMNS[key],
+                [
+                    Series(f"{road}, {seed}", [p["kl"] for p in points], [p[key] for p in points])
+                    for seed in seeds
+                    for road, points in roads[seed].items()
+                ],
+            )
+            for key in ("reward", WATCHED)
+        ],
+        notes=[
+            "The lines are compared where both are as far from the start, on prompts held back; the run's "
+            "best at a distance or nearer. WARP (arXiv 2406.16768) finds its line above the single run's at "
+            "every distance, SLERP above the average in reward, and gains that stop at the third iteration.",
+            "Seconds are those of the measurement: what it measures, the recipe's long form has made.",
+        ],
+        extra={"roads": roads},
+    )  # fmt: skip
 
 
-def _verdict(gains: Mapping[str, Mapping[str, Any]], better: Mapping[str, Mapping[str, Any]]) -> str:
-    def told(what: str, stats: Mapping[str, Any]) -> str:
-        return f"{what}{plus_minus(stats)} ({_direction(stats)})"
-
-    over = "; ".join(told(f"{name} ", stats) for name, stats in better.items())
-    return (
-        f"At equal distance WARP's line lies over the long run by {told('', gains['reward'])} in reward and "
-        f"{told('', gains[WATCHED])} in watched reward. Watched reward over the mean of the two policies: "
-        f"{over}."
-    )
-
-
-def _direction(stats: Mapping[str, Any]) -> str:
-    """Whether a mean of differences is clear of zero by two standard errors."""
-    if stats["seeds"] < 2 or abs(stats["mean"]) < 2 * stats["std"] / stats["seeds"] ** 0.5:
-        return "not resolved"
-    return "above" if stats["mean"] > 0 else "below"
+def _cell(row: Mapping[str, Any], key: str, seeds: int) -> str:
+    stats = {"mean": row["kl"], "std": row["kl_std"], "seeds": seeds} if key == "kl" else row[key]
+    return plus_minus(stats)

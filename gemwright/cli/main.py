@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from gemwright.cli.verbs import merging, posttraining, recipe, rewarding, text, training, use
+from gemwright.cli.verbs import measuring, posttraining, recipe, rewarding, text, training, use
 
 VERBS = (
     "run",
@@ -66,7 +66,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (recipe, text, training, posttraining, rewarding, merging, use):
+for group in (recipe, text, training, posttraining, rewarding, measuring, use):
     group.add(app)
 
 

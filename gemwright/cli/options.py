@@ -1,6 +1,7 @@
 """The options that several verbs share, and the one line of JSON."""
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,23 @@ Set = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an existing result aside and start anew.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON, last on stdout.")]
+
+
+class Recipe(StrEnum):
+    """The recipes there are."""
+
+    LAPTOP = "laptop"
+    WORKSTATION = "workstation"
+
+
+Corpus = Annotated[
+    str | None,
+    typer.Option("--corpus", help="Text: a folder. laptop takes Python's standard library without it."),
+]
+Teacher = Annotated[
+    str | None,
+    typer.Option("--teacher", help="workstation: a checkpoint's folder or OWNER/NAME; google/gemma-2-2b."),
+]
 
 
 class Where(StrEnum):
@@ -84,6 +102,24 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the draws.")]
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", help="A text to end before; it is not shown. Repeatable.")
 ]
+
+
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option("--api-key-env", help="Endpoint: the environment variable that holds its key."),
+]
+
+
+def api_key(variable: str | None) -> str | None:
+    """The key in a variable; none is read unless it is named, as a key must not go to whatever URL is given.
+
+    Raises:
+        ValueError: the variable is not set.
+    """
+    key = os.environ.get(variable) if variable else None
+    if variable and not key:
+        raise ValueError(f"the environment variable {variable} is not set. Put the endpoint's key there.")
+    return key
 
 
 def executor_config(kind: Where, workers: int | None, partition: str | None) -> Any:

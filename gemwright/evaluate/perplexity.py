@@ -1,9 +1,10 @@
 """Perplexity on a text, and what a cheaper model loses on it.
 
-The text is cut into windows that do not overlap. Each begins with <bos>, as everything that a Gemma reads,
-and every token of the text is scored once, after <bos> and the tokens before it in its window: on average
-half of `context`. Overlapping windows would see more and cost as many times more; numbers are comparable at
-the same `context` only.
+The text is cut into windows. Each begins with <bos>, as everything that a Gemma reads, and every token of the
+text is scored once, after <bos> and the tokens before it in its window. Windows that do not overlap show a
+token half of `context` on average. With a `stride` each window begins so many tokens after the one before,
+and scores what that one did not: all tokens but the first window's then see `context - stride` or more, for
+`context / stride` times the work. Numbers are comparable at the same `context` and `stride` only.
 
 Two models are compared on the same windows: the mean KL divergence between their next-token distributions
 says more than two perplexities, in whose difference gains and losses cancel.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gemwright.losses.divergence import cross_entropy, forward_kl
@@ -72,26 +73,35 @@ class Difference:
         return f"{self.nats_per_token:.5f}{error} nats a token lost, KL {self.kl:.5f}"
 
 
-def perplexity(model: Gemma, tokenizer: Tokenizer, text: str, *, context: int | None = None) -> Perplexity:
+def perplexity(
+    model: Gemma, tokenizer: Tokenizer, text: str, *, context: int | None = None, stride: int | None = None
+) -> Perplexity:
     """Nats a token, perplexity and bits a byte of a text.
 
     Args:
         context: tokens of a window, `min(max_seq_len, 4096)` by default.
+        stride: tokens from the beginning of a window to that of the next; by default `context`.
     Raises:
-        ValueError: an empty text, or a context that the model does not read.
+        ValueError: an empty text, a context that the model does not read, or a stride beyond it.
     """
-    (score,), _ = _scores([model], tokenizer, text, context)
+    (score,), _ = _scores([model], tokenizer, text, context, stride)
     return score
 
 
 def compare(
-    model: Gemma, other: Gemma, tokenizer: Tokenizer, text: str, *, context: int | None = None
+    model: Gemma,
+    other: Gemma,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
 ) -> tuple[Perplexity, Perplexity, Difference]:
     """Both models' perplexities on the same windows, and what `other` loses. Both are in memory.
 
     Arguments and errors as `perplexity`.
     """
-    (one, two), difference = _scores([model, other], tokenizer, text, context)
+    (one, two), difference = _scores([model, other], tokenizer, text, context, stride)
     assert difference is not None
     return one, two, difference
 
@@ -113,7 +123,7 @@ def read_text(path: Path) -> str:
 
 @torch.no_grad()
 def _scores(
-    models: Sequence[Gemma], tokenizer: Tokenizer, text: str, context: int | None
+    models: Sequence[Gemma], tokenizer: Tokenizer, text: str, context: int | None, stride: int | None
 ) -> tuple[list[Perplexity], Difference | None]:
     config = models[0].config
     width = min(config.max_seq_len, MAX_CONTEXT) if context is None else context
@@ -121,26 +131,34 @@ def _scores(
         raise ValueError(
             f"a context of {width} tokens is not between 1 and the model's max_seq_len={config.max_seq_len}."
         )
+    step = width if stride is None else stride
+    if not 1 <= step <= width:
+        raise ValueError(
+            f"a stride of {step} tokens is not between 1 and the context of {width}: tokens between two "
+            "windows would not be scored. Lower the stride."
+        )
     ids = tokenizer.encode(text)
     if not ids:
         raise ValueError("the text is empty: there is no token to score.")
     nats: list[list[Tensor]] = [[] for _ in models]  # summed over each window
-    apart: list[Tensor] = []
+    apart, counts = list[Tensor](), list[Tensor]()
     # Layers compiled for training run eagerly here, as in `likelihood`.
     with (
         progress("scoring", len(ids), unit="tokens") as advance,
         torch.compiler.set_stance("eager_on_recompile"),
     ):
-        for targets in _windows(ids, width):
-            targets = targets.to(models[0].device)
+        for targets, scored in _windows(ids, width, step):
+            targets, scored = targets.to(models[0].device), scored.to(models[0].device)
             read = torch.cat((torch.full_like(targets[:, :1], SPECIAL["<bos>"]), targets[:, :-1]), 1)
-            found = _nats([(model, model.hidden(read).flatten(0, 1)) for model in models], targets.flatten())
-            *each, kl = (part.view(targets.shape).sum(1) for part in found)
+            found = _nats([(model, model.hidden(read)[scored]) for model in models], targets[scored])
+            row = scored.nonzero()[:, 0].cpu()
+            *each, kl = (part.new_zeros(len(targets)).index_add(0, row, part) for part in found)
             for sums, part in zip(nats, each, strict=True):
                 sums.append(part)
             apart.append(kl)
-            advance(targets.numel())
-    sizes = torch.tensor([min(width, len(ids) - start) for start in range(0, len(ids), width)])
+            counts.append(scored.sum(1).cpu())
+            advance(len(row))
+    sizes = torch.cat(counts)
     size = len(text.encode())
     found = [torch.cat(sums) for sums in nats]
     scores = [_perplexity(sums, sizes, size) for sums in found]
@@ -150,12 +168,23 @@ def _scores(
     return scores, Difference(mean, stderr, _mean(torch.cat(apart), sizes)[0])
 
 
-def _windows(ids: list[int], width: int) -> Iterator[Int[Tensor, "B T"]]:
-    """The text's ids, some windows at a time, the last and shorter one alone."""
-    whole = torch.tensor(ids[: len(ids) // width * width], dtype=torch.long).view(-1, width)
-    yield from whole.split(max(1, _BATCH_TOKENS // width)) if len(whole) else ()
-    if len(ids) % width:
-        yield torch.tensor([ids[whole.numel() :]])
+def _windows(
+    ids: list[int], width: int, step: int
+) -> Iterator[tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]]:
+    """The text's ids, some windows at a time, and which are scored; a shorter last one stands alone."""
+    starts = [0, *range(step, max(1, len(ids) - width + step), step)]
+    whole = [start for start in starts if start + width <= len(ids)]
+    text = torch.tensor(ids)
+    rows = text.unfold(0, width, 1)[whole] if whole else text.new_empty(0, width)
+    scored = torch.ones_like(rows, dtype=torch.bool)
+    scored[1:, : width - step] = False
+    few = max(1, _BATCH_TOKENS // width)
+    yield from zip(rows.split(few), scored.split(few), strict=True) if whole else ()
+    if len(whole) < len(starts):
+        rest = text[None, starts[-1] :]
+        known = torch.ones_like(rest, dtype=torch.bool)
+        known[:, : width - step if whole else 0] = False
+        yield rest, known
 
 
 def _nats(

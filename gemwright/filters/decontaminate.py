@@ -230,19 +230,30 @@ def _telling(words: list[bytes], size: int) -> Bool[np.ndarray, " _"]:
 
 def _read(path: Path) -> Iterator[Item]:
     """The items of one file."""
-    named = _FILE.fullmatch(path.name)
-    if not named:
-        raise ValueError(f"{path} is no benchmark file. Give .json or .jsonl, plain, .gz or .zst.")
-    found = False
-    for record in _records(path, _unpacked(path, named["packed"]), lines=named["kind"] == "jsonl"):
+    name, found = benchmark_name(path), False
+    for record in read_records(path):
         for text in _texts(record):
             found = True
-            yield Item(named["name"], text)
+            yield Item(name, text)
     if not found:
         raise ValueError(
             f"{path} holds no benchmark item: no record has text in {', '.join(_QUESTIONS + _SOLUTIONS)}. "
             "Rename the field that holds the questions to one of these, or take the file away."
         )
+
+
+def benchmark_name(path: Path) -> str:
+    """The file's name without its ending. Raises ValueError if it ends in none of those that are read."""
+    if named := _FILE.fullmatch(path.name):
+        return named["name"]
+    raise ValueError(f"{path} is no benchmark file. Give .json or .jsonl, plain, .gz or .zst.")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a benchmark file. Raises ValueError, with the line, for what is none."""
+    benchmark_name(path)
+    *_, kind, packed = _FILE.fullmatch(path.name).groups()
+    return _records(path, _unpacked(path, packed), lines=kind == "jsonl")
 
 
 def _unpacked(path: Path, packed: str | None) -> str:

@@ -32,8 +32,8 @@ from gemwright.tokenizer.chat import encode_conversation, encode_prompt, next_tu
 from gemwright.tokenizer.stream import TextStream
 from gemwright.tokenizer.tokenizer import CONTROL, MODEL_FILE, Tokenizer
 
-Prompt = str | Sequence[Mapping[str, Any]]
-"""A text to continue, or the messages of a conversation to answer, the user's last."""
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+"""A text to continue; the messages of a conversation to answer, the user's last; or ids, <bos> first."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,8 @@ class LanguageModel:
         """The ids that a continuation of `prompt` follows. Raises ValueError for malformed messages."""
         if isinstance(prompt, str):
             return self.require_tokenizer().encode(prompt, bos=True)
+        if prompt and all(isinstance(part, int) for part in prompt):
+            return list(prompt)  # type: ignore[arg-type]
         return encode_prompt(self.require_tokenizer(), prompt)
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Stream:

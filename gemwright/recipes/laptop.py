@@ -28,6 +28,7 @@ from gemwright.evaluate.task import Task, build_tasks
 from gemwright.generate.language_model import load
 from gemwright.model.config import GemmaConfig, alternating
 from gemwright.reading.units import LIBRARY
+from gemwright.recipes.base import Base
 from gemwright.run import Card, RunFolder, move_aside, run_stage, say
 from gemwright.tokenizer import train as tokenizing
 from gemwright.tokenizer.train import TokenizerConfig
@@ -37,6 +38,8 @@ from gemwright.train.optim import OptimConfig
 SEEDS = (0, 1)
 RATES = (1e-2, 2e-2)
 """Learning rates tried for the student and for its twin, with the first seed."""
+RATE = 2e-2
+"""The better one for both: what studies train with."""
 TEACHER_TOKENS = 800_000
 """Distinct tokens that the teacher sees, once each."""
 TOKENS = 100_000
@@ -128,30 +131,14 @@ def run(root: Path, corpus: Path | None = None, *, fresh: bool = False) -> Path:
 def pretrained(
     root: Path, corpus: Path | None = None, *, fresh: bool = False
 ) -> tuple[dict[str, Card], Curated]:
-    """Every stage up to the evaluation, in `root`; their cards, and the text.
-
-    Raises:
-        ValueError: too little text, a corpus folder that holds `root`, or a `root` made from other text.
-    """
-    if corpus is not None and root.resolve().is_relative_to(corpus.resolve()):
-        raise ValueError(f"the corpus {corpus} holds {root}, so results would become text. Move one of them.")
+    """Every stage up to the evaluation, in `root`; their cards, and the text. Errors as `prepared`."""
     if fresh:
         move_aside(root)
-    cards: dict[str, Card] = {}
-    tokens, data = root / "tokenizer", root / "shards"
-    cards["curated"] = pipeline.curate(
-        curated(), root / "curated", [str(corpus.resolve()) if corpus else LIBRARY]
-    )
-    text = Curated.open(root / "curated")
-    text.require_splits()
+    cards, text = prepared(root, corpus)
+    data = root / "shards"
     questions = build_tasks(
         [d.text for d in text.documents("held_out")], evaluation().items, evaluation().seed
     )
-    cards["tokenizer"] = tokenizing.run(
-        tokenizer(), tokens, lambda: (d.text for d in text.documents("train")), text.facts
-    )
-    cards["shards"] = packing.run(shards(), data, text, tokens)
-    cards["teacher"] = pretrain.run(teacher(), root / "teacher", data)
 
     def train(kind: str, name: str, config: PretrainConfig) -> Card:
         cards[name] = pretrain.run(
@@ -173,6 +160,57 @@ def pretrained(
     judged = ["teacher", *(n for n in cards if n.split("-")[0] in ("distilled", "scratch"))]
     cards["evaluation"] = _evaluate(evaluation(), root, judged, questions)
     return cards, text
+
+
+def prepared(root: Path, corpus: Path | None = None) -> tuple[dict[str, Card], Curated]:
+    """The stages up to the teacher, in `root`; their cards, and the text.
+
+    Raises:
+        ValueError: too little text, a corpus folder that holds `root`, or a `root` made from other text.
+    """
+    if corpus is not None and root.resolve().is_relative_to(corpus.resolve()):
+        raise ValueError(f"the corpus {corpus} holds {root}, so results would become text. Move one of them.")
+    cards: dict[str, Card] = {}
+    tokens, data = root / "tokenizer", root / "shards"
+    cards["curated"] = pipeline.curate(
+        curated(), root / "curated", [str(corpus.resolve()) if corpus else LIBRARY]
+    )
+    text = Curated.open(root / "curated")
+    text.require_splits()
+    build_tasks([d.text for d in text.documents("held_out")], evaluation().items, evaluation().seed)
+    cards["tokenizer"] = tokenizing.run(
+        tokenizer(), tokens, lambda: (d.text for d in text.documents("train")), text.facts
+    )
+    cards["shards"] = packing.run(shards(), data, text, tokens)
+    cards["teacher"] = pretrain.run(teacher(), root / "teacher", data)
+    return cards, text
+
+
+def base(root: Path, corpus: Path | None = None) -> Base:
+    """What studies vary. All but the student's own rate, which a sweep chose, was chosen by eye."""
+    large = teacher()
+    shape = {"model.num_heads": 2, "model.num_kv_heads": 1}
+    return Base(
+        name="laptop",
+        root=root,
+        prepare=lambda: prepared(root, corpus) and None,
+        student=student(SEEDS[0], RATE),
+        sizes={
+            "small": {"model.d_model": 32, "model.d_ff": 128},
+            "middle": {},
+            "large": {"model.d_model": 96, "model.d_ff": 384, "train.optim.lr": 1.5e-2},
+        },
+        shapes={
+            "wide": {"model.d_model": 96, "model.d_ff": 384, "train.optim.lr": 1.5e-2, **shape},
+            "deep": {"model.pattern": alternating(6), "model.d_ff": 216, "train.optim.lr": 1.5e-2, **shape},
+        },
+        teachers={
+            "small": large.but(model=_model(layers=2, d_model=64, heads=2, head_dim=32)),
+            "middle": large.but(model=_model(layers=3, d_model=96, heads=4, head_dim=24)),
+            "large": large,
+        },
+        tokens=(TOKENS // 10, CURVE[0], TOKENS, CURVE[1]),
+    )
 
 
 def _evaluate(config: EvaluationConfig, root: Path, names: list[str], questions: tuple[Task, ...]) -> Card:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gemwright.ablate import merging
-from gemwright.recipes import laptop_rlhf
+from gemwright.recipes.laptop_full import rlhf as laptop_rlhf
 
 
 def road(*points: tuple[float, float]) -> list[dict[str, float]]:
@@ -26,13 +26,6 @@ def test_the_long_run_may_have_stopped_where_it_was_best():
     """It went on to a greater distance and a lower reward: who stops earlier does not lose by that."""
     roads = {"WARP": road((0, 0), (2, 2)), "one long run": road((0, 0), (1, 3), (2, 1))}
     assert merging.apart(roads, "reward")[-1] == pytest.approx(-1.0)
-
-
-def test_a_direction_is_told_where_the_spread_allows_it():
-    stats = {"mean": 1.0, "std": 0.5, "seeds": 3}
-    assert merging._direction(stats) == "above"
-    assert merging._direction(stats | {"mean": -1.0}) == "below"
-    assert merging._direction(stats | {"std": 1.0}) == "not resolved"
 
 
 def test_a_folder_without_the_long_form_is_refused(tmp_path: Path):

@@ -16,7 +16,7 @@ from gemwright.cli.main import VERBS, app
 
 HELPS = dict(reference.helps())
 LEAVES = [name for name, text in HELPS.items() if "\nCommands:" not in text]
-VERB_FILES = ("merging", "posttraining", "recipe", "rewarding", "text", "training", "use")
+VERB_FILES = ("measuring", "posttraining", "recipe", "rewarding", "text", "training", "use")
 CLI = ("main", "options", "verbs", *(f"verbs.{name}" for name in VERB_FILES))
 HEAVY = ("torch", "transformers", "numpy", "sentencepiece", "safetensors", "matplotlib", "pydantic", "rich")
 

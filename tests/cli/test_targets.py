@@ -167,7 +167,9 @@ def test_an_objective_is_set_like_any_other_setting(
         ("label TEACHER SHARDS --out OUT/targets --seq-len 16", "--fresh to move the old folder aside"),
         ("targets verify SHARDS", "is the work of another stage, 'shards'"),
         ("targets verify OUT/nowhere", "has no card.json"),
-        ("ablate targets --runs OUT/nowhere --out OUT/a", "nowhere"),
+        ("ablate target --out OUT/a", "there is no study 'target'. Did you mean 'targets'?"),
+        ("ablate merging --runs OUT/nowhere --out OUT/a", "`gemwright run laptop --full` makes one"),
+        ("ablate window --recipe workstation --out OUT/a", "needs your text: --corpus"),
     ],
 )
 def test_a_mistake_is_one_sentence_on_stderr_and_exit_code_2(
@@ -218,32 +220,3 @@ def test_a_full_disk_is_one_line_and_what_is_finished_stays(
         assert (out / path.name).read_bytes() == path.read_bytes()
     assert {name: (out / name).stat().st_mtime_ns for name in stayed} == stayed
     assert (out / "manifest.json").read_bytes() == (targets / "manifest.json").read_bytes()
-
-
-def test_ablate_says_what_it_compares(gemwright: Callable[..., Any]):
-    said = gemwright("ablate", "--help")
-    assert said.code == 0
-    assert "what of a teacher's distribution has to be kept" in " ".join(said.out.split())
-    assert gemwright("ablate", "nothing").code == 2
-
-
-def test_ablate_gives_the_report_as_one_line_of_json_or_its_table(
-    gemwright: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """With a study that has nothing to run: what is told is what stands in report.json."""
-    asked: list[Any] = []
-
-    def stage(study: Any, out: Path, shards: Path, teacher: Path) -> Path:
-        asked.append((study.name, list(study.seeds), out, shards, teacher))
-        out.mkdir(exist_ok=True)
-        (out / "report.json").write_text('{"study": "targets", "table": "a  b\\n1  2"}')
-        return out / "report.html"
-
-    monkeypatch.setattr("gemwright.ablate.study.run", stage)
-    command = ("ablate", "targets", "--runs", tmp_path / "runs", "--out", tmp_path / "out", "--seeds", 2)
-    told = in_one_line(gemwright(*command, "--json"))
-    assert told == {"report": str(tmp_path / "out/report.html"), "study": "targets", "table": "a  b\n1  2"}
-    assert gemwright(*command).out == f"a  b\n1  2\n\n{tmp_path / 'out/report.html'}\n"
-    assert asked[0] == (
-        "targets", [0, 1], tmp_path / "out", tmp_path / "runs/shards", tmp_path / "runs/teacher"
-    )  # fmt: skip

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from gemwright.ablate import merging
-from gemwright.recipes import laptop, laptop_full, laptop_rlhf
+from gemwright.recipes import laptop
+from gemwright.recipes.laptop_full import rlhf as laptop_rlhf
+from gemwright.recipes.laptop_full import stages as laptop_full
 from gemwright.run import read_card
 from tests.recipes.test_laptop_run import small
 

@@ -13,7 +13,7 @@ from gemwright.data.executor import ExecutorConfig
 from gemwright.filters.personal import find
 from gemwright.filters.unsafe import self_identification
 from gemwright.reading.chats import prompts_of
-from gemwright.recipes.questions import (
+from gemwright.recipes.laptop_full.questions import (
     KINDS,
     OTHER_ANSWER,
     Definition,

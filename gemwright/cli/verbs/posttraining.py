@@ -1,6 +1,5 @@
 """`gemwright answer`, `sft` and `on-policy`: from prompts and a teacher to a chat model."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,10 +48,7 @@ def answer(
     concurrency: Annotated[
         int, typer.Option("--concurrency", min=1, help="Endpoint: requests at a time.")
     ] = 8,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option("--api-key-env", help="Endpoint: the environment variable that holds its key."),
-    ] = None,
+    api_key_env: options.ApiKeyEnv = None,
     settings: Set = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -72,10 +68,7 @@ def answer(
     sampling: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed,
     }  # fmt: skip
-    # No variable is read unless it is named: a key must not go to whatever URL is given.
-    key = os.environ.get(api_key_env) if api_key_env else None
-    if api_key_env and not key:
-        raise ValueError(f"the environment variable {api_key_env} is not set. Put the endpoint's key there.")
+    key = options.api_key(api_key_env)
     config = AnswersConfig.parse(
         {"samples": samples, "sampling": Sampling.parse(sampling).to_dict()}
         | {"quantize": quantize.value if quantize else None}

@@ -1,4 +1,4 @@
-"""`gemwright run`, `plan` and `ablate`: a whole pipeline, a model's cost, and a study of many runs."""
+"""`gemwright run` and `plan`: a whole pipeline, and what a model costs."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,21 +6,14 @@ from typing import Annotated
 
 import typer
 
-from gemwright.cli.options import Fresh, Json, tell
-
-
-class Recipe(StrEnum):
-    """The recipes there are."""
-
-    LAPTOP = "laptop"
+from gemwright.cli import options
+from gemwright.cli.options import Fresh, Json, Recipe, tell
 
 
 def run(
     recipe: Annotated[Recipe, typer.Argument(help="Which recipe.")],
-    corpus: Annotated[
-        Path | None,
-        typer.Option("--corpus", help="A folder of text to use instead of Python's standard library."),
-    ] = None,
+    corpus: options.Corpus = None,
+    teacher: options.Teacher = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for everything; runs/RECIPE by default.")
     ] = None,
@@ -37,17 +30,28 @@ def run(
     the teacher then learns to answer, the student from its answers and from its own, then from preferences
     (a reward model, RLHF, WARP): some forty minutes.
 
+    `workstation` does the same with your text and a Gemma 2 of Hugging Face's for a teacher: a student of
+    200M parameters and its twin, an evening on one GPU.
+
     Example: gemwright run laptop
     """
     import json
 
-    if full:
-        from gemwright.recipes.laptop_full import run as stages
-    else:
-        from gemwright.recipes.laptop import run as stages
-
     root = out or Path("runs") / (f"{recipe}-full" if full else recipe)
-    page = stages(root, corpus, fresh=fresh)
+    if recipe is Recipe.WORKSTATION:
+        from gemwright.recipes import workstation
+
+        if full or corpus is None:
+            raise ValueError("the workstation recipe has no --full, and needs your text: --corpus SOURCE.")
+        page = workstation.run(root, corpus, teacher or workstation.TEACHER, fresh=fresh)
+    else:
+        if teacher is not None:
+            raise ValueError("the laptop recipe trains its own teacher. Leave --teacher out.")
+        if full:
+            from gemwright.recipes.laptop_full.stages import run as stages
+        else:
+            from gemwright.recipes.laptop import run as stages
+        page = stages(root, Path(corpus) if corpus else None, fresh=fresh)
     data = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     tell(as_json, {"report": str(page), **data}, f"{data['table']}\n\n{page}")
 
@@ -90,59 +94,7 @@ def plan(
     tell(as_json, asdict(made), made.told())
 
 
-class Study(StrEnum):
-    """The studies there are."""
-
-    TARGETS = "targets"
-    MERGING = "merging"
-
-
-def ablate(
-    study: Annotated[Study, typer.Argument(help="Which study.")],
-    recipe: Annotated[Recipe, typer.Option("--recipe", help="Of which recipe.")] = Recipe.LAPTOP,
-    runs: Annotated[
-        Path | None,
-        typer.Option(
-            "--runs",
-            help="Folder of the finished recipe; runs/RECIPE by default, for merging runs/RECIPE-full.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for everything; runs/ablate-STUDY by default.")
-    ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="targets: runs of every arm.")] = 3,
-    as_json: Json = False,
-) -> None:
-    """Run a study: every arm with every seed, then a table with its spread and a plot, in report.html.
-
-    `targets` asks what of a teacher's distribution has to be kept: all of it, 16, 50 or 256 draws a token
-    (stratified, or independent), the 16, 50 or 256 largest probabilities with or without the rest's mass, or
-    nothing but the next token. About fifteen minutes on two cores. Killed, the same command goes on.
-
-    `merging` sets an average, SLERP and WARP against the policies that they were made of, and against one
-    long run of the same cost; with the seeds of the recipe's long form. About two minutes.
-
-    Example: gemwright ablate targets --runs runs/laptop
-    """
-    import json
-
-    home = out or Path("runs") / f"ablate-{study}"
-    if study is Study.MERGING:
-        from gemwright.ablate import merging
-
-        page = merging.run(merging.MergingConfig(), runs or Path("runs") / f"{recipe}-full", home)
-    else:
-        from gemwright.ablate import targets
-        from gemwright.ablate.study import run as stage
-
-        root = runs or Path("runs") / recipe
-        page = stage(targets.study(seeds), home, root / "shards", root / "teacher")
-    data = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    tell(as_json, {"report": str(page), **data}, f"{data['table']}\n\n{page}")
-
-
 def add(app: typer.Typer) -> None:
     """Hang the verbs of this file into the command line."""
     app.command()(run)
     app.command()(plan)
-    app.command()(ablate)

@@ -1,4 +1,4 @@
-"""`gemwright import`, `evaluate`, `generate`, `chat`, `export`: use a model, here and elsewhere."""
+"""`gemwright import`, `generate`, `chat`, `export`: use a model, here and elsewhere."""
 
 import contextlib
 import signal
@@ -11,7 +11,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from gemwright.cli import options
-from gemwright.cli.options import Fresh, Json, Out, Quantised, tell
+from gemwright.cli.options import Fresh, Json, Out, tell
 
 export = typer.Typer(
     help="Write a model in a format of other programs.", no_args_is_help=True, rich_markup_mode=None
@@ -31,59 +31,6 @@ class Stored(StrEnum):
     BF16 = "bf16"
     Q8_0 = "q8_0"
     Q4_0 = "q4_0"
-
-
-def evaluate(
-    model: options.Model,
-    text: Annotated[Path, typer.Option("--text", help="A text file in UTF-8.")],
-    quantize: Annotated[
-        Quantised | None, typer.Option("--quantize", help="Round the weights too, and say what that costs.")
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option("--window", min=1, help="Another window for the local layers.")
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option("--context", min=1, help="Tokens read together; max_seq_len or 4096, the smaller."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure the perplexity of a text; with --quantize also what rounding the weights loses on it.
-
-    Every token is scored once, in windows of --context tokens that do not overlap and begin with <bos>.
-    Rounded and unrounded model read the same windows, and the loss has its own standard error.
-
-    Example: gemwright evaluate runs/laptop/teacher --text README.md --quantize int8
-    """
-    from dataclasses import asdict
-
-    from gemwright.evaluate.perplexity import compare, perplexity, read_text
-    from gemwright.generate.language_model import load
-    from gemwright.generate.quantize import quantize as rounded
-    from gemwright.generate.quantize import weight_bytes
-
-    words = read_text(text)
-    loaded = load(model, window=window)
-    full, tokenizer = loaded.model, loaded.require_tokenizer()
-    told = {"model": model, "text": str(text), "window": full.config.window}
-    if quantize is None:
-        score = perplexity(full, tokenizer, words, context=context)
-        tell(as_json, {**told, **asdict(score)}, score.told())
-        return
-    other = rounded(full, quantize.value)
-    score, less, lost = compare(full, other, tokenizer, words, context=context)
-    told |= asdict(score) | {"weight_bytes": weight_bytes(full), "quantize": quantize.value}
-    told |= {
-        f"{key}_quantized": value for key, value in asdict(less).items() if key not in ("tokens", "bytes")
-    }
-    told |= {f"{key}_lost": value for key, value in asdict(lost).items() if key != "kl"}
-    told |= {"kl": lost.kl, "weight_bytes_quantized": weight_bytes(other)}
-    tell(
-        as_json,
-        told,
-        f"{score.told()}\n{quantize.value}: perplexity {less.perplexity:.2f}, {lost.told()}; weights "
-        f"{weight_bytes(full) / 1e6:,.1f} -> {weight_bytes(other) / 1e6:,.1f} MB",
-    )
 
 
 def generate(
@@ -377,7 +324,6 @@ def import_google(
 def add(app: typer.Typer) -> None:
     """Hang the verbs of this file into the command line."""
     app.add_typer(importer, name="import")
-    app.command()(evaluate)
     app.command()(generate)
     app.command()(chat)
     app.add_typer(export, name="export")

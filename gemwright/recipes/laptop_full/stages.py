@@ -10,7 +10,7 @@ student learns from that in four ways, each with three seeds:
     on-policy       after SFT, the teacher's distribution on the student's own replies
     longer SFT      after SFT, as many updates more of the same: what on-policy has to beat
 
-Then it goes on to preferences, RLHF and WARP (`laptop_rlhf`). All are asked questions about modules that no
+Then it goes on to preferences, RLHF and WARP (`rlhf.py`). All are asked questions about modules that no
 stage has seen. The teacher is told some answers that it must
 not give (that it is another's model, somebody's address), so that the filters have work to do.
 """
@@ -34,7 +34,8 @@ from gemwright.model import checkpoint
 from gemwright.posttrain import on_policy, sft
 from gemwright.posttrain.on_policy import OnPolicyConfig
 from gemwright.posttrain.sft import SftConfig
-from gemwright.recipes import laptop, questions
+from gemwright.recipes import laptop
+from gemwright.recipes.laptop_full import questions
 from gemwright.run import Card, RunFolder, run_stage, say, write_text
 from gemwright.tokenizer.tokenizer import Tokenizer
 from gemwright.train.loop import TrainConfig
@@ -127,7 +128,8 @@ def run(root: Path, corpus: Path | None = None, *, fresh: bool = False) -> Path:
     Raises:
         ValueError: as `laptop.pretrained`; or the text holds too few functions and classes of Python.
     """
-    from gemwright.recipes import laptop_full_report, laptop_report, laptop_rlhf
+    from gemwright.recipes import laptop_report
+    from gemwright.recipes.laptop_full import report, rlhf
 
     cards, text = laptop.pretrained(root, corpus, fresh=fresh)
     laptop_report.write(root, cards, text, root / "pretraining")
@@ -150,8 +152,8 @@ def run(root: Path, corpus: Path | None = None, *, fresh: bool = False) -> Path:
         cards[names["longer_sft"]] = sft.run(longer(seed), root / names["longer_sft"], begun, replies)
     judged = ["chat_teacher", "distilled", *(f"{arm}/seed{seed}" for arm in ARMS for seed in SEEDS)]
     cards["measured"] = _measure(measured(), root, judged)
-    cards |= laptop_rlhf.run(root, text, SEEDS)
-    page = laptop_full_report.write(root, cards)
+    cards |= rlhf.run(root, text, SEEDS)
+    page = report.write(root, cards)
     say(f"the report is {page}. Next: gemwright ablate merging --runs {root}")
     return page
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemwright.recipes import laptop_full
+from gemwright.recipes.laptop_full import stages
 from gemwright.report import Report, Series, mean_std, plus_minus, text_table
 from gemwright.run import Card, read_metrics
 
@@ -63,7 +63,7 @@ def write(root: Path, cards: Mapping[str, Card]) -> Path:
     page.text(
         f"{asked} questions about modules that no stage has seen, each asked once greedily (right, loops, "
         "finished, tokens) and twice at temperature 1 (the teacher's nats, and the reverse KL). Students: "
-        f"mean ± standard deviation over {len(laptop_full.SEEDS)} seeds; teacher and base, which are one "
+        f"mean ± standard deviation over {len(stages.SEEDS)} seeds; teacher and base, which are one "
         "model each: the 95 % bootstrap interval over the questions. Lower nats: the teacher would rather "
         "have said the same."
     )

@@ -31,8 +31,8 @@ from gemwright.posttrain import reward, rlhf, warp
 from gemwright.posttrain.reward import RewardConfig
 from gemwright.posttrain.rlhf import RlhfConfig
 from gemwright.posttrain.warp import WarpConfig
-from gemwright.recipes import questions
-from gemwright.recipes.questions import Question, right
+from gemwright.recipes.laptop_full import questions
+from gemwright.recipes.laptop_full.questions import Question, right
 from gemwright.run import Card, RunFolder, run_stage, write_text
 from gemwright.tokenizer.tokenizer import Tokenizer
 from gemwright.train.loop import TrainConfig
