@@ -46,6 +46,8 @@ class Finding:
     """Of all runs that it is made of."""
     code: Mapping[str, str]
     plots: Sequence[Plot] = ()
+    points: tuple[str, Mapping[str, Sequence[float]]] | None = None
+    """A metric, and every arm's values of it, a seed each: drawn as dots."""
     notes: Sequence[str] = ()
     """What else a reader should know."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class Finding:
         shown = {
             "header": list(self.header), "rows": [list(row) for row in self.table],
             "plots": [asdict(plot) for plot in self.plots], "notes": list(self.notes),
+            "points": self.points,
         }  # fmt: skip
         return data | {"seeds": list(self.seeds), "table": self.text(), "shown": shown}
 
@@ -114,6 +117,8 @@ def _show(page: Report, data: Mapping[str, Any]) -> None:
         page.text(f"The report (arXiv 2408.00118), {report['table']}. {report.get('says', '')}".strip())
         page.table(["", "the report's"], [[name, str(value)] for name, value in report["rows"].items()])
     page.table(["ours", *data["shown"]["header"][1:]], data["shown"]["rows"])
+    if points := data["shown"]["points"]:
+        page.points(points[1], x=points[0], caption="A dot a seed, a bar at their mean.")
     for plot in data["shown"]["plots"]:
         lines = [Series(**line) for line in plot["lines"]]
         page.plot(lines, x=plot["x"], y=plot["y"], log_x=plot["log_x"])

@@ -18,7 +18,7 @@ from gemwright.data.windows import Windows
 from gemwright.evaluate.benchmark import BenchmarkConfig, measure
 from gemwright.evaluate.likelihood import nats_per_token
 from gemwright.generate.language_model import LanguageModel
-from gemwright.model.cost import kv_cache_bytes
+from gemwright.model.cost import kv_cache_bytes, parameters
 from gemwright.recipes.base import Base
 from gemwright.report import Series, mean_std, plus_minus
 
@@ -61,6 +61,14 @@ def student_size(base: Base, seeds: Sequence[int]) -> Study:
         ],
         seeds=seeds,
         claims=[Claim(f"{name}, distilled", f"{name}, scratch", PERPLEXITY, digits=2) for name in base.sizes],
+        curves={
+            how: {
+                float(parameters(base.student.but(**changes).model)): f"{name}, {how}"
+                for name, changes in base.sizes.items()
+            }
+            for how, _ in _TWO
+        },
+        x="parameters",
         report={
             "table": "Table 7",
             "rows": {"200M, scratch / distilled": "23 / 21", "400M": "19 / 17", "1B": "17 / 15"},

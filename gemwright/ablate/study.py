@@ -15,12 +15,12 @@ from typing import Any
 
 from gemwright.ablate.page import Finding, Plot
 from gemwright.ablate.verdict import Claim, overall
+from gemwright.benchmarks.made import Task
 from gemwright.config import Config
 from gemwright.distill import label, pretrain
 from gemwright.distill.label import LabelConfig
 from gemwright.distill.pretrain import PretrainConfig
 from gemwright.evaluate.likelihood import accuracy
-from gemwright.evaluate.task import Task
 from gemwright.generate.language_model import LanguageModel, load
 from gemwright.hub import fetch
 from gemwright.report import Series, mean_std, plus_minus
@@ -228,6 +228,7 @@ def _finding(
         report=study.report, claims=claims, verdict=overall(claims), seeds=list(study.seeds),
         seconds=round(seconds, 1), code=next(iter(runs.values()))[0][0].code,
         plots=[Plot(study.x, NATS, lines, log_x=True)] if lines else [],
+        points=(NATS, {name: each[NATS] for name, each in values.items()}),
     )  # fmt: skip
 
 

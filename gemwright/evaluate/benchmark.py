@@ -32,7 +32,9 @@ from gemwright.tokenizer.chat import encode_prompt
 from gemwright.tokenizer.tokenizer import Tokenizer
 
 STAGE = "evaluate"
+_FLAGS = ("too_long", "shortened")
 _CHUNK = 256  # questions between two files of a run that can be resumed
+_Z2 = 1.959964**2  # of the normal distribution, for 95 %
 _NUMBERS = ("accuracy", "accuracy_per_character", "probability", "stereotypes", "right")
 
 
@@ -87,9 +89,7 @@ class Score:
             told["contained"] = containment()
         if left_out := dict(self.benchmark.left_out):
             told["left_out"] = left_out
-        for flag in ("too_long", "shortened"):
-            if count := sum(bool(record.get(flag)) for record in self.records):
-                told[flag] = count
+        told |= self._flagged()
         groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for record in self.records:
             if group := self.benchmark.questions[record["number"]].group:
@@ -105,10 +105,17 @@ class Score:
         """A line for people."""
         parts = [f"{name} {_percent(one)}" for name, one in self.measures().items()]
         report = ", ".join(f"{size} {value:g}" for size, value in self.benchmark.setting.report.items())
+        cut = self._flagged()
         return (
             f"{self.benchmark.name}, {self.shots}-shot, {len(self.records):,} questions: {', '.join(parts)}"
+            + "".join(f"; {count:,} {flag.replace('_', ' ')}" for flag, count in cut.items())
             + (f" (the report's: {report})" if report else "")
         )
+
+    def _flagged(self) -> dict[str, int]:
+        """How many questions lost their beginning, or did not fit."""
+        counts = {flag: sum(bool(one.get(flag)) for one in self.records) for flag in _FLAGS}
+        return {flag: count for flag, count in counts.items() if count}
 
 
 def measure(
@@ -139,13 +146,12 @@ def run(
     Raises:
         FileNotFoundError, ValueError: as `read_benchmark` and `measure`.
     """
-    benchmarks = [read_benchmark(path) for path in tasks]
-    others = read_benchmark(examples).questions if examples else None
+    benchmarks, pools = opened(tasks, examples)
 
     def work(folder: RunFolder) -> dict[str, Any]:
         loaded: list[LanguageModel] = []
         told: list[dict[str, Any]] = []
-        for benchmark in benchmarks:
+        for benchmark, pool in zip(benchmarks, pools, strict=True):
             parts: list[str] = []
             chunks = _chunks(benchmark, config)
             with folder.progress(benchmark.name, sum(map(len, chunks)), unit="questions") as advance:
@@ -154,7 +160,7 @@ def run(
                     if not part.exists():
                         loaded = loaded or [load(model, window=config.window)]
                         part.parent.mkdir(parents=True, exist_ok=True)
-                        found = _answered(loaded[0], benchmark, config, some, others)
+                        found = _answered(loaded[0], benchmark, config, some, pool)
                         write_text(part, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found))
                     parts.append(part.read_text(encoding="utf-8"))
                     advance(len(some))
@@ -168,6 +174,27 @@ def run(
     )
     shutil.rmtree(out / RESUME, ignore_errors=True)
     return card, [_scored(out, benchmark, config) for benchmark in benchmarks]
+
+
+def opened(
+    tasks: Sequence[Path], examples: Path | None
+) -> tuple[list[Benchmark], list[Sequence[Question] | None]]:
+    """The benchmarks, and of each what its shots are drawn from: the file of examples, if it is of that name.
+
+    Raises:
+        ValueError: as `read_benchmark`; or the examples are of no task.
+    """
+    benchmarks = [read_benchmark(path) for path in tasks]
+    if examples is None:
+        return benchmarks, [None] * len(benchmarks)
+    others = read_benchmark(examples)
+    names = [benchmark.name for benchmark in benchmarks]
+    if others.name not in names:
+        raise ValueError(
+            f"{examples} has examples of {others.name}, and asked are {', '.join(names)}. Name a file of one "
+            "of those."
+        )
+    return benchmarks, [others.questions if name == others.name else None for name in names]
 
 
 def _scored(folder: Path, benchmark: Benchmark, config: BenchmarkConfig) -> Score:
@@ -311,11 +338,20 @@ def _measures(records: Sequence[dict[str, Any]]) -> dict[str, Measure]:
     return {name: Measure(np.array(values), np.ones(len(values))) for name, values in found.items()}
 
 
-def _told(one: Measure) -> dict[str, float]:
+def _interval(one: Measure) -> tuple[float, float]:
+    """The bootstrap's; where all are right, or none, it sees no spread, and Wilson's bound is told."""
     low, high = one.interval()
+    if low == high and low in (0.0, 1.0):
+        edge = _Z2 / (len(one.over) + _Z2)
+        return (0.0, edge) if low == 0 else (1 - edge, 1.0)
+    return low, high
+
+
+def _told(one: Measure) -> dict[str, float]:
+    low, high = _interval(one)
     return {"value": round(one.value, 5), "low": round(low, 5), "high": round(high, 5)}
 
 
 def _percent(one: Measure) -> str:
-    low, high = one.interval()
+    low, high = _interval(one)
     return f"{100 * one.value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"

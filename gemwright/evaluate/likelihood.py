@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gemwright.benchmarks.made import Task
 from gemwright.data.conversations import Conversations
 from gemwright.data.windows import Windows
-from gemwright.evaluate.task import Task
 from gemwright.losses import dense
 from gemwright.model.cache import KVCache
 from gemwright.model.gemma import Gemma, packed
@@ -173,7 +173,7 @@ def _texts(requests: Sequence[Request]) -> list[_Text]:
             texts[-1].ids = ids
         else:
             texts.append(_Text(ids, shared))
-        first[shared:] = [texts[-1]] * (len(ids) - shared)
+        first[:] = [texts[-1]] * (len(ids) - shared)
         context, continuation = requests[number]
         for place, wanted in enumerate(continuation, len(context) - 1):
             first[place].asked.setdefault(place, []).append((number, int(wanted)))

@@ -244,16 +244,19 @@ def _read(path: Path) -> Iterator[Item]:
 
 def benchmark_name(path: Path) -> str:
     """The file's name without its ending. Raises ValueError if it ends in none of those that are read."""
+    return _named(path)["name"]
+
+
+def _named(path: Path) -> re.Match[str]:
     if named := _FILE.fullmatch(path.name):
-        return named["name"]
+        return named
     raise ValueError(f"{path} is no benchmark file. Give .json or .jsonl, plain, .gz or .zst.")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a benchmark file. Raises ValueError, with the line, for what is none."""
-    benchmark_name(path)
-    *_, kind, packed = _FILE.fullmatch(path.name).groups()
-    return _records(path, _unpacked(path, packed), lines=kind == "jsonl")
+    named = _named(path)
+    return _records(path, _unpacked(path, named["packed"]), lines=named["kind"] == "jsonl")
 
 
 def _unpacked(path: Path, packed: str | None) -> str:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gemwright.benchmarks.made import Task, build_tasks
 from gemwright.data.curated import Curated
 from gemwright.distill.pretrain import PretrainConfig
-from gemwright.evaluate.task import Task, build_tasks
 from gemwright.hub import fetch
 
 Changes = Mapping[str, Any]

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from gemwright.benchmarks.made import Task, build_tasks
 from gemwright.config import Config
 from gemwright.curate import pipeline
 from gemwright.curate.pipeline import CurateConfig
@@ -24,7 +25,6 @@ from gemwright.data.packing import ShardsConfig
 from gemwright.distill import pretrain
 from gemwright.distill.pretrain import PretrainConfig
 from gemwright.evaluate.likelihood import accuracy
-from gemwright.evaluate.task import Task, build_tasks
 from gemwright.generate.language_model import load
 from gemwright.model.config import GemmaConfig, alternating
 from gemwright.reading.units import LIBRARY

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from gemwright.benchmarks.made import Item, Task
 from gemwright.distill.pretrain import PretrainConfig
-from gemwright.evaluate.task import Item, Task
 from gemwright.model.config import GemmaConfig, alternating
 from gemwright.recipes.base import Base
 from gemwright.train.loop import TrainConfig

@@ -11,10 +11,10 @@ import pytest
 from gemwright.ablate.page import Finding
 from gemwright.ablate.study import AVERAGE, NATS, PERPLEXITY, RECIPES, Arm, Study, run, student_of
 from gemwright.ablate.verdict import Claim
+from gemwright.benchmarks.made import Item, Task
 from gemwright.distill import label, pretrain
 from gemwright.distill.label import LabelConfig
 from gemwright.distill.pretrain import PretrainConfig
-from gemwright.evaluate.task import Item, Task
 from gemwright.generate.language_model import LanguageModel
 from gemwright.model.config import GemmaConfig
 from gemwright.run import Card, read_card
@@ -207,7 +207,16 @@ def test_the_page_has_question_reports_row_table_plot_verdict_and_cost(found: Fi
     page = found.write(tmp_path).read_text(encoding="utf-8")
     assert all(
         part in page
-        for part in ("Which is best?", "Table 0", "<svg", "Verdict: ", "2 seeds", "s of computing", "1.5")
+        for part in (
+            "Which is best?",
+            "Table 0",
+            "<svg",
+            "Verdict: ",
+            "2 seeds",
+            "s of computing",
+            "1.5",
+            "A dot a seed",
+        )
     )
     assert all(f"<td>{arm.name}</td>" in page for arm in ARMS)
     data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))

@@ -100,3 +100,73 @@ def test_a_mistake_is_one_sentence(
     assert said.code == 2
     assert told in said.err
     assert "Traceback" not in said.err
+
+
+def test_a_stride_shows_more_of_the_text(gemwright: Callable[..., Any], teacher_folder: Path, text: Path):
+    told = [
+        json.loads(
+            gemwright("evaluate", teacher_folder, "--text", text, "--context", 32, *more, "--json").out
+        )
+        for more in ((), ("--stride", 32), ("--stride", 4))
+    ]
+    assert told[0]["tokens"] == told[1]["tokens"] == told[2]["tokens"]
+    assert told[0]["nats_per_token"] == pytest.approx(told[1]["nats_per_token"], rel=1e-6)
+    assert told[2]["nats_per_token"] != told[0]["nats_per_token"]
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    rows = [{"question": f"def f{n}(", "choices": ["self", "x, y"], "answer": n % 2} for n in range(20)]
+    path = tmp_path / "names.jsonl"
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"question": "q", "choices": ["a"], "answer": 0}])
+    )
+    return path
+
+
+def test_evaluate_asks_a_benchmark(gemwright: Callable[..., Any], teacher_folder: Path, task: Path):
+    said = gemwright("evaluate", teacher_folder, "--task", task, "--limit", 10, "--json")
+    assert said.code == 0, said.err
+    (score,) = json.loads(said.out)["scores"]
+    assert (score["name"], score["questions"], score["left_out"]) == ("names", 10, {"one_choice": 1})
+    assert 0 <= score["accuracy"]["low"] <= score["accuracy"]["value"] <= score["accuracy"]["high"] <= 1
+    assert "names: 100%" in said.err
+
+
+def test_evaluate_keeps_answers_and_does_not_ask_twice(
+    gemwright: Callable[..., Any], teacher_folder: Path, task: Path, tmp_path: Path
+):
+    command = ("evaluate", teacher_folder, "--task", task, "--out", tmp_path / "out", "--json")
+    first, second = (gemwright(*command) for _ in range(2))
+    assert json.loads(first.out)["scores"] == json.loads(second.out)["scores"]
+    assert "finished already" in second.err
+    assert len((tmp_path / "out/names.jsonl").read_text().splitlines()) == 20
+
+
+def test_evaluate_tells_what_is_known_by_heart(
+    gemwright: Callable[..., Any], teacher_folder: Path, shards_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from gemwright.evaluate import memorization
+
+    few = memorization.MemorizationConfig(samples=4, prompt_tokens=10, continuation_tokens=10)
+    monkeypatch.setattr(memorization, "MemorizationConfig", lambda: few)
+    said = gemwright("evaluate", teacher_folder, "--memorized", shards_folder, "--json")
+    assert said.code == 0, said.err
+    assert {"train", "held_out", "difference"} <= set(json.loads(said.out)["memorized"])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ((), "nothing to measure"),
+        (("--judge", "j"), "a comparison needs all of --against, --judge, --prompts and --out"),
+        (("--task", "nowhere.json"), "there is no benchmark file nowhere.json"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(
+    gemwright: Callable[..., Any], teacher_folder: Path, options: tuple[str, ...], told: str
+):
+    said = gemwright("evaluate", teacher_folder, *options)
+    assert said.code == 2
+    assert told in said.err
+    assert "Traceback" not in said.err

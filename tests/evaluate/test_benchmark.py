@@ -200,3 +200,20 @@ def test_no_room_for_a_question_is_refused(model: LanguageModel):
     question = Question("1 + 1?", gold="2")
     with pytest.raises(ValueError, match="max_tokens=64 leaves no room for a question"):
         measure(model, Benchmark("x", "words", (question,)), NO_SHOTS.but(max_tokens=64))
+
+
+def test_none_right_of_a_few_is_not_known_to_be_none(model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    """The bootstrap alone would say (0, 0)."""
+    questions = (Question("3 + 4?", gold="7"),) * 10
+    config = NO_SHOTS.but(max_tokens=4, max_batch=1)
+    told = measure(parrot(model, [300], monkeypatch), Benchmark("x", "number", questions), config).to_dict()
+    assert told["right"]["value"] == told["right"]["low"] == 0
+    assert told["right"]["high"] == pytest.approx(0.278, abs=1e-3)
+
+
+def test_examples_are_those_of_the_task_they_are_named_after(tmp_path: Path):
+    one, other = task(tmp_path / "one_test.jsonl"), task(tmp_path / "other.jsonl", 3)
+    _, pools = stage.opened([one, other], task(tmp_path / "one_train.jsonl", 5))
+    assert [None if pool is None else len(pool) for pool in pools] == [5, None]
+    with pytest.raises(ValueError, match="has examples of third, and asked are one, other"):
+        stage.opened([one, other], task(tmp_path / "third.jsonl"))

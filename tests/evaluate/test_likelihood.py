@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemwright.benchmarks.made import Item, Task, build_tasks
 from gemwright.data.shards import Shards
 from gemwright.data.windows import Windows, target_weights
 from gemwright.evaluate import likelihood
 from gemwright.evaluate.likelihood import Request, accuracy, log_likelihoods, nats_per_token
-from gemwright.evaluate.task import Item, Task, build_tasks
 from gemwright.model.config import GemmaConfig
 from gemwright.model.gemma import Gemma, packed
 from gemwright.tokenizer.tokenizer import Tokenizer
@@ -137,7 +137,7 @@ def ids(draw: random.Random, least: int, most: int) -> list[int]:
 
 
 def questions(seed: int = 0) -> list[Request]:
-    """Choices of several contexts, some beyond two windows of 8, and all that two texts can have in common."""
+    """Choices of contexts, some beyond two windows, and all that two texts can have in common."""
     draw = random.Random(seed)
     shots = [2, *ids(draw, 20, 20)]
     found: list[Request] = []
@@ -279,7 +279,7 @@ def test_a_model_in_bf16_is_scored_by_its_own_logits(tiny: GemmaConfig):
 def test_accuracy_takes_the_likeliest_a_character(tiny: GemmaConfig, tokenizer: Tokenizer, text_folder: Path):
     texts = [path.read_text(encoding="utf-8") for path in sorted(text_folder.iterdir())[:12]]
     model = Gemma(tiny.but(init_std=0.4, max_seq_len=400)).eval()
-    for task in build_tasks(texts, items=20):
+    for task in build_tasks(texts, items=8):
         right = 0
         for item in task.items:
             context = tokenizer.encode(item.context, bos=True)

@@ -21,7 +21,7 @@ def evaluate(
     ] = None,
     examples: Annotated[
         Path | None,
-        typer.Option("--examples", help="File to draw them from; by default the task's own other questions."),
+        typer.Option("--examples", help="File to draw them from; else the task's own other questions."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Ask only so many questions, spread over the file.")
@@ -147,8 +147,7 @@ def _benchmarks(
     examples: Path | None, limit: int | None, chat: bool, out: Path | None, max_batch: int, max_tokens: int,
     window: int | None, fresh: bool,
 ) -> None:  # fmt: skip
-    from gemwright.benchmarks.files import read_benchmark
-    from gemwright.evaluate.benchmark import BenchmarkConfig, measure, run
+    from gemwright.evaluate.benchmark import BenchmarkConfig, measure, opened, run
     from gemwright.generate.language_model import load
     from gemwright.hub import fetch
     from gemwright.run import progress
@@ -160,13 +159,12 @@ def _benchmarks(
         card, scores = run(config, out, fetch(model), tasks, examples=examples, fresh=fresh)
         told |= {"out": str(out), "seconds": card.seconds}
     else:
-        benchmarks = [read_benchmark(path) for path in tasks]
-        others = read_benchmark(examples).questions if examples else None
+        benchmarks, pools = opened(tasks, examples)
         loaded, scores = load(model, window=window), []
-        for benchmark in benchmarks:
+        for benchmark, pool in zip(benchmarks, pools, strict=True):
             total = min(limit or len(benchmark.questions), len(benchmark.questions))
             with progress(benchmark.name, total, unit="questions") as advance:
-                scores.append(measure(loaded, benchmark, config, others, advance))
+                scores.append(measure(loaded, benchmark, config, pool, advance))
     told["scores"] = [score.to_dict() for score in scores]
     lines += [score.told() for score in scores]
 

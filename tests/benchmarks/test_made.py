@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gemwright.evaluate.task import LEAST_ITEMS, Item, Task, build_tasks
+from gemwright.benchmarks.made import LEAST_ITEMS, Item, Task, build_tasks
 
 
 def code(seed: int) -> str:
