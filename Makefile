@@ -15,6 +15,8 @@ RUN := $(BIN)/python -m
 # One stamp an extra, named after what would have to be installed: a changed pin or dependency makes them stale.
 READY := .venv/ready-$(shell cat requirements.lock pyproject.toml | cksum | cut -d ' ' -f 1)
 SHAPES := --jaxtyping-packages=gemwright,beartype.beartype
+# Eager tests take one thread each, so two files at a time; a file's tests share what they make.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 
 # Without this, pyright asks npm for its newest version on every run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -30,7 +32,7 @@ demo: $(READY)/core
 	$(BIN)/gemwright run laptop $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(FRESH),--fresh)
 
 test: $(READY)/test $(READY)/parity $(READY)/bench
-	$(RUN) pytest $(SHAPES) -m "not (compiled or slow or parity or interop)"
+	$(RUN) pytest $(SHAPES) $(SIDE_BY_SIDE) -m "not (compiled or slow or parity or interop)"
 	$(RUN) pytest -m "compiled and not (slow or parity or interop)"
 
 # pytest's 5 means that no test is marked so.
@@ -52,6 +54,7 @@ check: $(READY)/test
 
 bench: $(READY)/bench $(READY)/parity $(READY)/interop
 	$(RUN) bench.curate
+	$(RUN) bench.evaluate
 	$(RUN) bench.filters
 	$(RUN) bench.tokenizer
 	$(RUN) bench.head_loss

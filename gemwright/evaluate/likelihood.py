@@ -173,7 +173,7 @@ def _texts(requests: Sequence[Request]) -> list[_Text]:
             texts[-1].ids = ids
         else:
             texts.append(_Text(ids, shared))
-        first[:] = [texts[-1]] * (len(ids) - shared)
+        first[shared:] = [texts[-1]] * (len(ids) - shared)
         context, continuation = requests[number]
         for place, wanted in enumerate(continuation, len(context) - 1):
             first[place].asked.setdefault(place, []).append((number, int(wanted)))
