@@ -126,7 +126,7 @@ def log_likelihoods(
                 wrong[index[~likeliest]] = True
                 left.index_add_(0, index, -torch.ones_like(index))
                 if advance is not None:
-                    advance(int((left[index.unique()] == 0).sum()))
+                    advance(int((left[index] == 0).sum()))
     return [Scored(*one) for one in zip(total.tolist(), (~wrong).tolist(), strict=True)]
 
 

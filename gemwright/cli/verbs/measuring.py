@@ -267,7 +267,8 @@ def ablate(
     used = base.quick() if quick else base
     page = run_all(used, numbers, home) if study == "all" else run(study, used, numbers, home)
     data = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    data.pop("shown", None)
+    for one in (data, *data.get("studies", {}).values()):
+        one.pop("shown", None)  # what the page is drawn from
     tell(as_json, {**data, "page": str(page)}, f"{data['table']}\n\n{page}")
 
 
