@@ -238,7 +238,6 @@ class Harness:
             temperature = 0.0
         asked = {
             "max_tokens": most, "temperature": 1.0 if temperature is None else temperature,
-            "stop": [stop for stop in stops if stop and stop not in CONTROL],
-            "stop_ids": sorted({*Sampling().stop_ids, *(CONTROL[stop] for stop in stops if stop in CONTROL)}),
+            "stop": [stop for stop in stops if stop],
         }  # fmt: skip
         return Sampling.parse(asked | left)

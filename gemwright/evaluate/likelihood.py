@@ -27,7 +27,7 @@ from gemwright.tokenizer.tokenizer import SPECIAL, Tokenizer
 
 _BATCH_TOKENS = 4096
 _CHUNK_BYTES = 64 << 20  # of logits at a time: fewer rows would read a large head too often
-_SHARED = 16  # ids; below, a cache of its own costs a text more than reading them again (LOG.md)
+_SHARED = 16  # ids; fewer are read again sooner than they are kept in a cache
 _AGAIN = 4  # a run reads up to so many times its first text: long runs are cut, to be read side by side
 
 Request = tuple[Sequence[int], Sequence[int]]
@@ -126,7 +126,7 @@ def log_likelihoods(
                 wrong[index[~likeliest]] = True
                 left.index_add_(0, index, -torch.ones_like(index))
                 if advance is not None:
-                    advance(int((left[index] == 0).sum()))
+                    advance(int((left[index.unique()] == 0).sum()))
     return [Scored(*one) for one in zip(total.tolist(), (~wrong).tolist(), strict=True)]
 
 

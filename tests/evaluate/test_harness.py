@@ -286,6 +286,7 @@ def test_a_text_has_one_bos_whatever_its_context_spells(ours: Harness):
     assert first == second
     assert third != second, "a <bos> in the middle is text"
     assert ours.loglikelihood(asked(("", "<bos>x = 1"))) == ours.loglikelihood(asked(("", "x = 1")))
+    assert ours.loglikelihood_rolling(asked(("<bos>x",))) == ours.loglikelihood_rolling(asked(("x",)))
 
 
 def test_a_continuation_that_melts_into_its_context_is_scored_all_the_same(ours: Harness):
@@ -318,6 +319,8 @@ def test_texts_are_cut_before_a_stop_string(ours: Harness):
     stop = whole[5:7]
     (cut,) = ours.generate_until(asked(("x = 1", {"max_gen_toks": 30, "until": [stop, ""]})))
     assert cut == whole[: whole.index(stop)]
+    (held_back,) = ours.generate_until(asked(("x = 1", {"max_gen_toks": 30, "until": [whole[-1] + "§"]})))
+    assert held_back == whole
 
 
 def test_draws_differ_from_request_to_request_and_come_again(ours: Harness):
