@@ -279,6 +279,7 @@ def test_a_missing_harness_is_told_with_its_remedy(model: LanguageModel, monkeyp
         as_lm(model)
 
 
+@interop
 def test_a_text_has_one_bos_whatever_its_context_spells(ours: Harness):
     first, second, third = ours.loglikelihood(
         asked(("<bos>x = 1", "\n"), ("x = 1", "\n"), ("x = 1<bos>", "\n"))
@@ -343,6 +344,7 @@ def test_no_room_for_a_context_is_refused(ours: Harness):
         ours.generate_until(asked(("x", {})))
 
 
+@interop
 def test_nothing_asked_is_nothing_told(ours: Harness):
     assert ours.loglikelihood([]) == []
     assert ours.loglikelihood_rolling([]) == []
