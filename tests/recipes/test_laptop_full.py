@@ -152,9 +152,12 @@ def _text(root: Path) -> Any:
 @pytest.mark.slow
 def test_the_study_of_merging_sets_every_model_beside_its_parents(root: Path, tmp_path: Path):
     config = merging.MergingConfig(samples=1, max_tokens=8)
-    page = merging.run(config, root, tmp_path / "study")
+    page = merging.run(config, root, tmp_path / "study").write(tmp_path)
     found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     assert [row["model"] for row in found["rows"]] == list(merging.MODELS)
     assert all({"mean", "std"} <= set(row["reward"]) and row["kl"] >= -1e-6 for row in found["rows"])
     assert found["rows"][0]["kl"] == pytest.approx(0, abs=1e-6)
-    assert "WARP" in found["verdict"]
+    claims = {(one["better"], one["worse"], one["metric"]) for one in found["claims"]}
+    assert ("WARP", "SFT, the start", "right") in claims
+    assert ("WARP's line", "the long run's", "watched reward") in claims
+    assert found["verdict"]
