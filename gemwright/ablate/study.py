@@ -233,7 +233,9 @@ def _finding(
 
 
 def _cell(metric: str, stats: Mapping[str, Any]) -> str:
-    return plus_minus(stats, {NATS: 4, PERPLEXITY: 2, AVERAGE: 1}.get(metric, 2))
+    if stats["mean"] >= 1000:  # a count, as of bytes
+        return f"{stats['mean']:,.0f}" + (f" ± {stats['std']:,.0f}" if stats["std"] else "")
+    return plus_minus(stats, {NATS: 4, AVERAGE: 1}.get(metric, 2))
 
 
 def _line(name: str, x: list[float], stats: list[dict[str, Any]]) -> Series:
