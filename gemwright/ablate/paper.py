@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def attention(base: Base, seeds: Sequence[int]) -> Study:
             "says": "A 9B, an average of four benchmarks; GQA for fewer parameters and faster inference.",
         },
         tasks=base.tasks(),
-        measure=_beside_mha,
+        measure=partial(_beside_mha, length=base.student.train.seq_len),
     )  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def window(base: Base, seeds: Sequence[int], home: Path) -> Finding:
         for width in windows:
             other = LanguageModel(model.model.with_window(width), model.tokenizer)
             found[f"nats {width}"] = nats_per_token(other.model, held_out)
-            found |= {f"{key} {width}": value for key, value in _held_and_decoded(other).items()}
+            found |= {f"{key} {width}": value for key, value in _held_and_decoded(other, length).items()}
         return found
 
     asked = Study(
@@ -248,21 +249,19 @@ def formatting(base: Base, seeds: Sequence[int], home: Path) -> Finding:
     )  # fmt: skip
 
 
-def _held_and_decoded(model: LanguageModel) -> dict[str, float]:
+def _held_and_decoded(model: LanguageModel, length: int) -> dict[str, float]:
     """Bytes of keys and values of a row, and how fast a batch is written: the middle one of three tries."""
-    config = model.config
-    length = min(config.max_seq_len, 128)
-    prompt = [2, *range(300, 300 + length // 2 - 1)]
+    prompt = [2, *(300 + number % 300 for number in range(length // 2 - 1))]
     speeds: list[float] = []
     for _ in range(3):
         start = time.perf_counter()
         done = list(model.batch([prompt] * 4, max_batch=4, max_tokens=length // 2, stop_ids=()))
         speeds.append(sum(len(one.tokens) for _, one in done) / (time.perf_counter() - start))
     size = model.model.unembedding.element_size()
-    return {HELD: float(kv_cache_bytes(config, length, size)), DECODE: statistics.median(speeds)}
+    return {HELD: float(kv_cache_bytes(model.config, length, size)), DECODE: statistics.median(speeds)}
 
 
-def _beside_mha(model: LanguageModel) -> dict[str, float]:
+def _beside_mha(model: LanguageModel, length: int) -> dict[str, float]:
     """How fast a student writes, over a model of its shape with as many key/value heads as heads; by turns,
     so that what else the machine does meets both."""
     config = model.config
@@ -271,8 +270,8 @@ def _beside_mha(model: LanguageModel) -> dict[str, float]:
     told: dict[str, float] = {}
     ratios: list[float] = []
     for _ in range(5):
-        told = _held_and_decoded(model)
-        ratios.append(told[DECODE] / _held_and_decoded(other)[DECODE])
+        told = _held_and_decoded(model, length)
+        ratios.append(told[DECODE] / _held_and_decoded(other, length)[DECODE])
     return {HELD: told[HELD], OVER: statistics.median(ratios)}
 
 

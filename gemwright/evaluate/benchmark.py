@@ -48,7 +48,8 @@ class BenchmarkConfig(Config):
     form: Form | None = None
     """The wording; None: the benchmark's usual one."""
     chat: bool = False
-    """Put each question as a user's turn of a conversation: for a chat model."""
+    """Put each question as a user's turn, for a chat model. Of blanks and pairs whole sentences are scored,
+    which are nobody's reply: those stay as they are."""
     max_tokens: PositiveInt = 256
     """Most tokens of a written answer."""
     max_batch: PositiveInt = 8
@@ -233,8 +234,9 @@ def _chosen(
     requests: list[tuple[list[int], list[int]]] = []
     places: dict[int, range] = {}
     flags: dict[int, str] = {}
+    chat = config.chat and benchmark.kind in ("choice", "truths")
     for number, one in asked.items():
-        pairs = [_ids(tokenizer, *pair, chat=config.chat) for pair in one.pairs]
+        pairs = [_ids(tokenizer, *pair, chat=chat) for pair in one.pairs]
         if any(len(after) >= room for _, after in pairs):
             flags[number] = "too_long"
             continue

@@ -134,11 +134,8 @@ def pretrained(
     """Every stage up to the evaluation, in `root`; their cards, and the text. Errors as `prepared`."""
     if fresh:
         move_aside(root)
-    cards, text = prepared(root, corpus)
+    cards, text, questions = prepared(root, corpus)
     data = root / "shards"
-    questions = build_tasks(
-        [d.text for d in text.documents("held_out")], evaluation().items, evaluation().seed
-    )
 
     def train(kind: str, name: str, config: PretrainConfig) -> Card:
         cards[name] = pretrain.run(
@@ -162,8 +159,8 @@ def pretrained(
     return cards, text
 
 
-def prepared(root: Path, corpus: Path | None = None) -> tuple[dict[str, Card], Curated]:
-    """The stages up to the teacher, in `root`; their cards, and the text.
+def prepared(root: Path, corpus: Path | None = None) -> tuple[dict[str, Card], Curated, tuple[Task, ...]]:
+    """The stages up to the teacher, in `root`; their cards, the text, and the benchmarks made from it.
 
     Raises:
         ValueError: too little text, a corpus folder that holds `root`, or a `root` made from other text.
@@ -177,13 +174,15 @@ def prepared(root: Path, corpus: Path | None = None) -> tuple[dict[str, Card], C
     )
     text = Curated.open(root / "curated")
     text.require_splits()
-    build_tasks([d.text for d in text.documents("held_out")], evaluation().items, evaluation().seed)
+    questions = build_tasks(
+        [d.text for d in text.documents("held_out")], evaluation().items, evaluation().seed
+    )
     cards["tokenizer"] = tokenizing.run(
         tokenizer(), tokens, lambda: (d.text for d in text.documents("train")), text.facts
     )
     cards["shards"] = packing.run(shards(), data, text, tokens)
     cards["teacher"] = pretrain.run(teacher(), root / "teacher", data)
-    return cards, text
+    return cards, text, questions
 
 
 def base(root: Path, corpus: Path | None = None) -> Base:

@@ -217,3 +217,15 @@ def test_examples_are_those_of_the_task_they_are_named_after(tmp_path: Path):
     assert [None if pool is None else len(pool) for pool in pools] == [5, None]
     with pytest.raises(ValueError, match="has examples of third, and asked are one, other"):
         stage.opened([one, other], task(tmp_path / "third.jsonl"))
+
+
+def test_sentences_that_are_scored_are_no_turns_of_a_chat(model: LanguageModel):
+    for kind, question in (
+        ("pair", Question("", ("def one(x):", "return zebra"), (1,))),
+        ("blank", Question("if _ is not None: return x", ("self", "other"), (1,))),
+    ):
+        plain, chat = (
+            measure(model, Benchmark("x", kind, (question,)), NO_SHOTS.but(chat=chat))  # type: ignore[arg-type]
+            for chat in (False, True)
+        )
+        assert plain.records == chat.records
